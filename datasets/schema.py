@@ -1,0 +1,145 @@
+"""What a prepared dataset folder holds, and the one place that writes and describes it.
+
+    DIR/dataset.json             the description below; written last, so a folder without it is not a dataset
+    DIR/{train,valid,test}/*.parquet
+    DIR/vocab/NAME.parquet       row i describes id i of feature NAME: `count` (training occurrences), and `value`
+                                 (the raw value as a string) where the ids come from raw values
+
+Columns of the Parquet files: the label (float32, 0 or 1), dense columns (float32), features (int64, or list<int64>
+where `multi` is true). Each file carries the roles of its columns as JSON under the schema metadata key `embtab`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from embtab.errors import DataError
+from embtab.features import read_description
+from embtab.files import write_text
+
+SPLITS = ("train", "valid", "test")
+ROW_GROUP_ROWS = 65_536  # larger groups read several times slower; smaller ones waste footer space
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """A categorical column: int64 ids in [0, num_ids), or lists of them where `multi` is true."""
+
+    name: str
+    num_ids: int
+    pooling: str = "sum"
+    id_space: str | None = None
+    multi: bool = False
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """One Parquet file of the dataset, with what is needed to notice that it changed."""
+
+    path: str
+    rows: int
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The description of a prepared dataset folder (`dataset.json`)."""
+
+    name: str
+    features: tuple[Categorical, ...]
+    dense: tuple[str, ...] = ()
+    label: str = "label"
+    user: str | None = None
+    """An int64 column that names the user of a row, for metrics grouped by user; it is not a model input."""
+    files: tuple[PartFile, ...] = ()
+    bayes: dict[str, float] | None = None
+    """What the best possible ranker reaches on the test split (`auc`, `logloss`), where the data is generated."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """How the folder was made: options, seeds, counts of rows that were dropped and why."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change when any row of any split changes."""
+        text = json.dumps([[f.path, f.rows, f.sha256] for f in self.files] + [self.name])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def rows(self, split: str) -> int:
+        """The number of rows of a split; 0 for a split the dataset does not have."""
+        return sum(f.rows for f in self.files if f.path.startswith(f"{split}/"))
+
+    def parts(self, split: str) -> list[PartFile]:
+        """The files of a split, in reading order."""
+        return sorted((f for f in self.files if f.path.startswith(f"{split}/")), key=lambda f: f.path)
+
+    def arrow_schema(self) -> pa.Schema:
+        """The schema every Parquet file of the dataset has, roles in its metadata included."""
+        fields = [pa.field(self.label, pa.float32(), nullable=False)]
+        fields += [pa.field(name, pa.float32(), nullable=False) for name in self.dense]
+        for column in self.features:
+            kind = pa.list_(pa.field("element", pa.int64(), nullable=False)) if column.multi else pa.int64()
+            fields.append(pa.field(column.name, kind, nullable=False))
+        if self.user is not None and self.user not in {f.name for f in fields}:
+            fields.append(pa.field(self.user, pa.int64(), nullable=False))
+        roles = {
+            "format": "embtab-dataset",
+            "version": 1,
+            "name": self.name,
+            "label": self.label,
+            "user": self.user,
+            "dense": list(self.dense),
+            "features": [asdict(column) for column in self.features],
+        }
+        return pa.schema(fields, metadata={"embtab": json.dumps(roles)})
+
+    def save(self, folder: Path) -> None:
+        """Writes `dataset.json` in one step; call it after every other file of the folder is complete."""
+        described = {"format": "embtab-dataset", "version": 1, **asdict(self)}
+        write_text(folder / "dataset.json", json.dumps(described, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Dataset:
+        """Reads the description of a prepared folder.
+
+        Raises:
+            DataError: when it is absent, unreadable, of a newer version or lacks a field.
+        """
+        folder = Path(folder)
+        described = read_description(folder)
+        described.pop("format")
+        version = described.pop("version", None)
+        if version != 1:
+            raise DataError(f"{folder}/dataset.json: version {version!r} is not known to this embtab (it reads 1)")
+        try:
+            described["features"] = tuple(Categorical(**column) for column in described["features"])
+            described["files"] = tuple(PartFile(**part) for part in described["files"])
+            described["dense"] = tuple(described["dense"])
+            return cls(**described)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{folder}/dataset.json: {error}; prepare the data again") from error
+
+
+def describe_files(folder: Path) -> tuple[PartFile, ...]:
+    """Lists the Parquet files of the splits below `folder` with their rows, sizes and checksums."""
+    return tuple(_describe(folder, path) for path in _part_paths(folder))
+
+
+def _part_paths(folder: Path) -> Iterator[Path]:
+    for split in SPLITS:
+        yield from sorted((folder / split).glob("*.parquet"))
+
+
+def _describe(folder: Path, path: Path) -> PartFile:
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = pq.read_metadata(path).num_rows
+    return PartFile(path.relative_to(folder).as_posix(), rows, path.stat().st_size, digest)

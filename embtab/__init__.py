@@ -1,0 +1,59 @@
+"""Embedding tables that fit a byte budget: plan, train, compare and hand over."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
+    from embtab.errors import InfeasibleBudget
+    from embtab.features import Feature, read_features
+    from embtab.lookup import Optimizer
+    from embtab.methods import METHODS
+    from embtab.planning import Plan, plan
+    from embtab.training.data import DataModule
+    from embtab.training.task import RankingTask
+
+# torch, torchrec and Lightning take seconds to import; each name brings what it needs when it is first used.
+_HOMES = {
+    "DataModule": "embtab.training.data",
+    "EmbeddingBagCollection": "embtab.collections",
+    "EmbeddingCollection": "embtab.collections",
+    "Feature": "embtab.features",
+    "InfeasibleBudget": "embtab.errors",
+    "METHODS": "embtab.methods",
+    "Optimizer": "embtab.lookup",
+    "Plan": "embtab.planning",
+    "RankingTask": "embtab.training.task",
+    "plan": "embtab.planning",
+    "read_features": "embtab.features",
+}
+
+__all__ = [
+    "METHODS",
+    "DataModule",
+    "EmbeddingBagCollection",
+    "EmbeddingCollection",
+    "Feature",
+    "InfeasibleBudget",
+    "Optimizer",
+    "Plan",
+    "RankingTask",
+    "plan",
+    "read_features",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embtab' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,126 @@
+"""A feature: one categorical column and what a planner must know about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from embtab.errors import DataError, UserError
+
+POOLINGS = ("sum", "mean", "none")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One categorical feature of a model.
+
+    Args:
+        name: column name; hash seeds derive from it (or from `id_space`), so renaming changes hashed rows.
+        num_ids: cardinality; ids lie in [0, num_ids). Methods that hash take any int64 all the same.
+        pooling: how the vectors of a bag become one: "sum", "mean", or "none" for sequences.
+        counts: int64 [num_ids], how often each id occurs in the training data; None when unknown.
+        id_space: a name shared by features whose ids mean the same things (a target item and the items of a
+            history). They use one table and one hash seed, and must have equal `num_ids`.
+
+    Raises:
+        UserError: for an empty name, a non-positive cardinality, an unknown pooling or counts of a wrong shape.
+    """
+
+    name: str
+    num_ids: int
+    pooling: str = "sum"
+    counts: np.ndarray | None = field(default=None, compare=False, repr=False)
+    id_space: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise UserError("a feature needs a name; got an empty string")
+        if isinstance(self.num_ids, bool) or not isinstance(self.num_ids, int | np.integer) or self.num_ids < 1:
+            raise UserError(f"feature {self.name!r}: num_ids must be a positive whole number, got {self.num_ids!r}")
+        if self.pooling not in POOLINGS:
+            raise UserError(f"feature {self.name!r}: pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        object.__setattr__(self, "num_ids", int(self.num_ids))
+        if self.counts is not None:
+            counts = np.asarray(self.counts, dtype=np.int64)
+            if counts.shape != (self.num_ids,):
+                raise UserError(f"feature {self.name!r}: counts must have shape ({self.num_ids},), got {counts.shape}")
+            object.__setattr__(self, "counts", counts)
+
+    @property
+    def space(self) -> str:
+        """The id space the feature belongs to; its own name unless it shares one."""
+        return self.id_space or self.name
+
+
+def read_features(path: str | Path, counts: bool = True) -> list[Feature]:
+    """The features of a prepared dataset folder, in column order.
+
+    Args:
+        path: a folder made by `embtab prepare`.
+        counts: also read how often each id occurs in the training split, where the folder says so.
+
+    Raises:
+        DataError: when the folder holds no readable description.
+    """
+    import pyarrow.parquet as pq
+
+    folder = Path(path)
+    described = read_description(folder)
+    features = []
+    for entry in described["features"]:
+        vocabulary = folder / "vocab" / f"{entry['name']}.parquet"
+        seen = None
+        if counts and vocabulary.exists():
+            seen = pq.read_table(vocabulary, columns=["count"])["count"].to_numpy()
+        features.append(
+            Feature(entry["name"], entry["num_ids"], entry.get("pooling", "sum"), seen, entry.get("id_space"))
+        )
+    return features
+
+
+def read_description(folder: Path) -> dict:
+    """The parsed `dataset.json` of a prepared dataset folder.
+
+    Raises:
+        DataError: when it is absent, unreadable or not a dataset description.
+    """
+    file = folder / "dataset.json"
+    if not file.exists():
+        raise DataError(f"{folder}: not a prepared dataset (no dataset.json); make one with `embtab prepare`")
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(described, dict) or described.get("format") != "embtab-dataset":
+        raise DataError(f"{file}: not an embtab dataset description; prepare the data again")
+    return described
+
+
+def id_spaces(features: Iterable[Feature]) -> list[Feature]:
+    """One feature per id space, named after the space, with the counts of its members added up.
+
+    Raises:
+        UserError: when names repeat, or members of one space differ in cardinality.
+    """
+    spaces: dict[str, Feature] = {}
+    names: set[str] = set()
+    for feature in features:
+        if feature.name in names:
+            raise UserError(f"feature {feature.name!r} is listed twice; names must be unique")
+        names.add(feature.name)
+        known = spaces.get(feature.space)
+        if known is None:
+            spaces[feature.space] = Feature(feature.space, feature.num_ids, counts=feature.counts)
+            continue
+        if known.num_ids != feature.num_ids:
+            raise UserError(
+                f"feature {feature.name!r} has {feature.num_ids} ids but its id space {feature.space!r} has "
+                f"{known.num_ids}; features that share a space need equal num_ids"
+            )
+        both = None if known.counts is None or feature.counts is None else known.counts + feature.counts
+        spaces[feature.space] = Feature(feature.space, feature.num_ids, counts=both)
+    return list(spaces.values())

@@ -1,0 +1,44 @@
+"""Files that are either the old or the new, never half: write beside, rename into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from embtab.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by `text` in one step; a crash leaves the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it fails.
+
+    Raises:
+        UserError: when `path` exists already and holds something.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already exists; remove it or choose another output folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        os.replace(beside, path)  # an empty folder at `path` is replaced too
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
