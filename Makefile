@@ -1,0 +1,44 @@
+# `make setup` makes .venv; every other target makes it first where it is absent or older than pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# One thread: fbgemm stalls when its threads contend for cores.
+export OMP_NUM_THREADS ?= 1
+
+# With an NVIDIA driver torchrec's own dependency, the CUDA build of fbgemm-gpu, is right; without one it cannot be
+# imported, and the code-free package of packaging/ puts the CPU build in its place.
+ifeq ($(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes),yes)
+FBGEMM :=
+else
+FBGEMM := ./packaging/fbgemm-gpu-cpu
+endif
+
+.PHONY: setup test lint demo clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml packaging/fbgemm-gpu-cpu/pyproject.toml
+	@echo "Installing into .venv (under a minute with a warm package cache)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet $(FBGEMM) --editable '.[dev]'
+	@touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+# models/ and datasets/ live inside the embtab namespace only once installed; a tree of links shows mypy the same.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf .typecheck && mkdir -p .typecheck/embtab
+	@ln -s $(CURDIR)/embtab/* .typecheck/embtab/
+	@ln -s $(CURDIR)/models .typecheck/embtab/models
+	@ln -s $(CURDIR)/datasets .typecheck/embtab/datasets
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p embtab
+
+demo: $(STAMP)
+	$(BIN)/embtab prepare synthetic --out data/demo --rows 200000 --scale 0.002 --seed 0 --if-absent
+	$(BIN)/embtab compare --config configs/compare_demo.yaml --out report/demo
+
+clean:
+	rm -rf .venv .typecheck build dist *.egg-info data/demo report/demo
