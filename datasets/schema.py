@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from embtab.errors import DataError
 from embtab.features import read_description
@@ -126,6 +127,12 @@ class Dataset:
             raise DataError(f"{folder}/dataset.json: {error}; prepare the data again") from error
 
 
+def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A Parquet writer with the settings every dataset file has; give it tables with `row_group_size=ROW_GROUP_ROWS`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return pq.ParquetWriter(path, schema, compression="lz4", use_dictionary=False, write_statistics=True)
+
+
 def describe_files(folder: Path) -> tuple[PartFile, ...]:
     """Lists the Parquet files of the splits below `folder` with their rows, sizes and checksums."""
     return tuple(_describe(folder, path) for path in _part_paths(folder))
@@ -137,8 +144,6 @@ def _part_paths(folder: Path) -> Iterator[Path]:
 
 
 def _describe(folder: Path, path: Path) -> PartFile:
-    import pyarrow.parquet as pq
-
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     rows = pq.read_metadata(path).num_rows

@@ -42,7 +42,9 @@ class Feature:
         if isinstance(self.num_ids, bool) or not isinstance(self.num_ids, int | np.integer) or self.num_ids < 1:
             raise UserError(f"feature {self.name!r}: num_ids must be a positive whole number, got {self.num_ids!r}")
         if self.pooling not in POOLINGS:
-            raise UserError(f"feature {self.name!r}: pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+            raise UserError(
+                f"feature {self.name!r}: pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}"
+            )
         object.__setattr__(self, "num_ids", int(self.num_ids))
         if self.counts is not None:
             counts = np.asarray(self.counts, dtype=np.int64)
