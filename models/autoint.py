@@ -1,0 +1,150 @@
+"""AutoInt and AutoInt+: feature interactions by self-attention (Song et al., CIKM 2019, arXiv 1810.11921).
+
+Every field is one vector: a categorical field its embedding, a numeric field its value times a learned vector. Layers
+of multi-head attention over the fields let them interact; the flattened result gives the logit. AutoInt+ adds the
+logit of a plain DNN over the same vectors.
+
+Where the paper and its authors' code (github.com/shichence/AutoInt) differ:
+
+                        paper                        authors' code                here
+    q, k, v             linear                       ReLU after each              linear: ReLU would drop the sign
+    residual            ReLU(attention + W e)        ReLU(attention + ReLU(W e))  as the paper
+    scale               none                         1 / sqrt(width of a head)    `use_scale`, on by default
+    layer norm          none                         after the residual's ReLU    `layer_norm`, off by default
+    dropout             on MovieLens-1M only         0.5 in the DNN               `dropout`, in the DNN, off by default
+
+The defaults are the authors' published run on Criteo: three layers, two heads, 64 units a layer (32 a head) and, for
+AutoInt+, a DNN of 400-400 units. Initial values are theirs too: N(0, 0.01) for numeric fields, Glorot for matrices.
+
+Shape suffixes: b batch, n numeric fields, c categorical fields, f = n + c, d width of a field, h heads, w width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embtab.errors import UserError
+
+
+class InteractingLayer(nn.Module):
+    """One layer of multi-head self-attention over fields (section 4.3 of the paper).
+
+    Args:
+        in_dim: width of a field vector coming in.
+        out_dim: width going out, all heads together; a multiple of `num_heads`.
+        num_heads: number of heads.
+        use_scale: divide the attention logits by the square root of a head's width.
+        layer_norm: normalise every field vector at the end.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, num_heads: int, use_scale: bool = True, layer_norm: bool = False):
+        super().__init__()
+        if num_heads < 1 or out_dim < 1 or out_dim % num_heads:
+            raise UserError(f"attention_dim {out_dim} must be a positive multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.scale = (out_dim // num_heads) ** -0.5 if use_scale else 1.0
+        # Four matrices rather than one fused: measured 1.1 to 1.2 times faster, as no result has to be cut up.
+        self.query = nn.Linear(in_dim, out_dim, bias=False)
+        self.key = nn.Linear(in_dim, out_dim, bias=False)
+        self.value = nn.Linear(in_dim, out_dim, bias=False)
+        self.residual = nn.Linear(in_dim, out_dim, bias=False)
+        self.norm = nn.LayerNorm(out_dim) if layer_norm else nn.Identity()
+        for linear in (self.query, self.key, self.value, self.residual):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, x_bfd: Tensor) -> Tensor:
+        """Lets every field look at every field: float [b, f, in_dim] -> float [b, f, out_dim]."""
+        q_bhfw, k_bhfw, v_bhfw = (self._heads(linear(x_bfd)) for linear in (self.query, self.key, self.value))
+        seen_bhfw = F.scaled_dot_product_attention(q_bhfw, k_bhfw, v_bhfw, scale=self.scale)
+        seen_bfd = seen_bhfw.transpose(1, 2).flatten(2)
+        out: Tensor = self.norm(F.relu(seen_bfd + self.residual(x_bfd)))
+        return out
+
+    def _heads(self, x_bfd: Tensor) -> Tensor:
+        return x_bfd.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class AutoInt(nn.Module):
+    """AutoInt+ (AutoInt with `dnn=()`): numeric values and embeddings in, logits out.
+
+    Args:
+        num_dense: number of numeric fields; may be 0.
+        num_features: number of categorical fields.
+        dim: embedding dimension.
+        attention_dim: width of an attention layer's output, all heads together; a multiple of `num_heads`.
+        num_layers: number of attention layers.
+        num_heads: number of heads of each.
+        dnn: widths of the DNN's hidden layers; empty for plain AutoInt.
+        dropout: share of the DNN's hidden activations dropped while training.
+        use_scale: divide the attention logits by the square root of a head's width.
+        layer_norm: normalise the field vectors after each attention layer.
+
+    Raises:
+        UserError: for sizes that are not positive or do not fit each other.
+    """
+
+    def __init__(
+        self,
+        num_dense: int,
+        num_features: int,
+        dim: int,
+        *,
+        attention_dim: int = 64,
+        num_layers: int = 3,
+        num_heads: int = 2,
+        dnn: Sequence[int] = (400, 400),
+        dropout: float = 0.0,
+        use_scale: bool = True,
+        layer_norm: bool = False,
+    ):
+        super().__init__()
+        num_fields = num_dense + num_features
+        if num_fields < 1 or min(num_dense, num_features) < 0 or dim < 1:
+            raise UserError(f"AutoInt needs fields; got {num_dense} numeric, {num_features} categorical of width {dim}")
+        if num_layers < 1:
+            raise UserError(f"num_layers must be at least 1, got {num_layers}")
+        if not 0 <= dropout < 1 or (dropout and not dnn):
+            raise UserError(f"dropout {dropout} must lie in [0, 1) and acts on the DNN only, here {tuple(dnn)}")
+        self.numeric = nn.Parameter(torch.empty(num_dense, dim).normal_(std=0.01))
+        widths = [dim] + [attention_dim] * num_layers
+        self.attention = nn.Sequential(
+            *(InteractingLayer(a, b, num_heads, use_scale, layer_norm) for a, b in pairwise(widths))
+        )
+        self.logit = _glorot(nn.Linear(num_fields * attention_dim, 1))
+        self.dnn = _tower(num_fields * dim, dnn, dropout) if dnn else None
+
+    def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:
+        """Logits of a click.
+
+        Args:
+            dense: float [B, num_dense], numeric values (transform heavy tails before: they scale a vector).
+            embeddings: float [B, num_features, dim], one vector per categorical feature, already pooled.
+
+        Returns:
+            float [B].
+        """
+        numeric_bnd = dense.unsqueeze(-1) * self.numeric
+        fields_bfd = torch.cat([numeric_bnd, embeddings], dim=1)
+        logits: Tensor = self.logit(self.attention(fields_bfd).flatten(1))
+        if self.dnn is not None:
+            logits = logits + self.dnn(fields_bfd.flatten(1))
+        return logits.squeeze(-1)
+
+
+def _tower(in_dim: int, widths: Sequence[int], dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [_glorot(nn.Linear(in_dim, width)), nn.ReLU(), nn.Dropout(dropout)]
+        in_dim = width
+    return nn.Sequential(*layers, _glorot(nn.Linear(in_dim, 1)))
+
+
+def _glorot(linear: nn.Linear) -> nn.Linear:
+    nn.init.xavier_normal_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
