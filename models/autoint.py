@@ -16,7 +16,7 @@ Where the paper and its authors' code (github.com/shichence/AutoInt) differ:
 The defaults are the authors' published run on Criteo: three layers, two heads, 64 units a layer (32 a head) and, for
 AutoInt+, a DNN of 400-400 units. Initial values are theirs too: N(0, 0.01) for numeric fields, Glorot for matrices.
 
-Shape suffixes: b batch, n numeric fields, c categorical fields, f = n + c, d width of a field, h heads, w width of a head.
+Shape suffixes: b batch, n numeric fields, f fields (numeric and categorical), d width of a field, h heads, w of a head.
 """
 
 from __future__ import annotations
