@@ -1,0 +1,16 @@
+"""Every method, by its name. Adding one: a file here, a line below, a row in tests/laws.py."""
+
+from embtab.methods.base import Encoding, Table
+from embtab.methods.dense import Dense
+from embtab.methods.hash import Hash
+from embtab.methods.qr import QR
+from embtab.methods.unified import Unified
+
+METHODS: dict[str, type[Encoding]] = {
+    "dense": Dense,
+    "hash": Hash,
+    "unified": Unified,
+    "qr": QR,
+}
+
+__all__ = ["METHODS", "Encoding", "Table"]

@@ -1,0 +1,337 @@
+"""Embedding collections: a KeyedJaggedTensor of ids in, vectors out; drop-in for the torchrec classes of these names.
+
+The one path from ids to vectors:
+
+    ids [N] --rows()--> rows [N, K] --lookup--> parts [N, K, W] --combine()--> vectors [N, D] --pool()--> output [B, D]
+
+    N ids of a block   F features of a block   B bags per feature   K parts per id   W width of a part   D dimension
+
+Features whose encodings differ only in constants form a block, computed in one go however many features it has. Where
+`combine` is linear the order of the last two arrows is swapped: parts are pooled by the lookup, and combine runs on B
+vectors instead of N. Where it is not (a product), each id is combined before bags are pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from embtab.errors import UserError
+from embtab.features import Feature
+from embtab.lookup import FbgemmLookup, Optimizer, Request, make_lookup
+from embtab.methods import Encoding
+from embtab.planning import Plan
+
+
+class Block(nn.Module):
+    """Features whose encodings differ only in constants.
+
+    Args:
+        features: F features, in the order of the plan.
+        encodings: the encoding of each.
+        widths: the widths of the K parts.
+        bases: int64 [F, K], the offset of each part's table in the lookup's matrix.
+    """
+
+    def __init__(
+        self, features: Sequence[Feature], encodings: Sequence[Encoding], widths: Sequence[int], bases: Tensor
+    ) -> None:
+        super().__init__()
+        self.features = list(features)
+        self.encoding = encodings[0]
+        self.widths = list(widths)
+        self.bounded = self.encoding.num_ids is not None
+        self.has_mean = any(feature.pooling == "mean" for feature in features)
+        constants = [encoding.constants() for encoding in encodings]
+        self.names = list(constants[0])
+        self._buffer("bases", bases)
+        self._buffer("limits", torch.tensor([[encoding.num_ids or 0] for encoding in encodings]))
+        self._buffer("means", torch.tensor([feature.pooling == "mean" for feature in features]))
+        for name in self.names:
+            self._buffer(name, torch.tensor([each[name] for each in constants]))
+
+    def _buffer(self, name: str, value: Tensor) -> None:
+        self.register_buffer(f"{name}_", value, persistent=False)
+
+    def _spread(self, name: str, sizes: Sequence[int]) -> Tensor:
+        """A constant [F, K] for ids laid out feature after feature: [F, 1, K] for equal sizes, else [N, K]."""
+        constant = self.get_buffer(f"{name}_")
+        if len(set(sizes)) == 1:
+            return constant.unsqueeze(1)
+        return constant.repeat_interleave(torch.tensor(sizes, device=constant.device), dim=0, output_size=sum(sizes))
+
+    def rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+        """int64 [K, N]: rows in the lookup's matrices.
+
+        Args:
+            ids: int64 [N], feature after feature.
+            sizes: how many ids each feature has.
+
+        Raises:
+            UserError: when an id is out of range; it names feature, id and cardinality.
+        """
+        shaped = ids.view(len(sizes), -1, 1) if len(set(sizes)) == 1 else ids.unsqueeze(-1)
+        if self.bounded:
+            limits = self._spread("limits", sizes)
+            outside = (shaped < 0) | (shaped >= limits)
+            if bool(outside.any()):
+                self._complain(ids, outside.flatten(), sizes)
+        rows = self.encoding.rows(shaped, {name: self._spread(name, sizes) for name in self.names})
+        return (rows + self._spread("bases", sizes)).reshape(len(ids), -1).t()
+
+    def _complain(self, ids: Tensor, outside: Tensor, sizes: Sequence[int]) -> None:
+        at = int(outside.nonzero()[0])
+        for feature, size in zip(self.features, sizes, strict=True):
+            if at < size:
+                raise UserError(
+                    f"feature {feature.name!r} (table {feature.space!r}): id {int(ids[outside][0])} at position {at} "
+                    f"of its values is outside [0, {feature.num_ids}); map unseen ids to 0 while preparing the data, "
+                    "or plan this feature with a method that hashes"
+                )
+            at -= size
+
+    def pool(self, vectors: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
+        """[F * B, D]: (weighted) sums of vectors [N, D] over bags of lengths [F * B]."""
+        if weights is not None:
+            vectors = vectors * weights.unsqueeze(-1)
+        if len(vectors) == len(lengths) and bool((lengths == 1).all()):
+            return vectors
+        return torch.segment_reduce(vectors, "sum", lengths=lengths.long(), axis=0, unsafe=True)
+
+    def divide(self, sums: Tensor, lengths: Tensor) -> Tensor:
+        """[B, F, D]: sums divided by bag lengths [F * B] where a feature pools by mean; empty bags stay zero."""
+        if not self.has_mean:
+            return sums
+        counts = lengths.view(len(self.features), -1).t().clamp(min=1)
+        return sums / torch.where(self.get_buffer("means_"), counts, 1).unsqueeze(-1)
+
+
+class _Collection(nn.Module):
+    """What both collections share: the plan, the lookup backend and the blocks of features."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: str = "fbgemm",
+        optimizer: Optimizer | None = None,
+        init_std: float = 0.01,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.lookup = make_lookup(list(plan.tables.values()), backend, device, optimizer)
+        self.blocks = nn.ModuleList(_blocks(plan, self.lookup.base)).to(device)
+        self.order = [feature.name for block in self._each_block() for feature in block.features]
+        self.init(init_std)
+
+    def _each_block(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    @torch.no_grad()
+    def init(self, std: float) -> None:
+        """Draws every table anew: zero mean, and composed vectors of standard deviation `std` whatever the method."""
+        for encoding in self.plan.encodings.values():
+            for name in encoding.tables:
+                self.lookup.table(name).normal_(0.0, encoding.part_std(std))
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Changes the table optimizer's learning rate; only for the fbgemm backend.
+
+        Raises:
+            UserError: for the torch backend, whose optimizer is outside.
+        """
+        if not isinstance(self.lookup, FbgemmLookup):
+            raise UserError("the torch backend has no optimizer of its own; change the learning rate of yours")
+        self.lookup.set_learning_rate(lr)
+
+    def _arranged(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The plan's features, in block order."""
+        if features.variable_stride_per_key():
+            raise UserError("batches whose features have different numbers of bags are not supported")
+        keys = features.keys()
+        if keys == self.order:
+            return features
+        at = {key: i for i, key in enumerate(keys)}
+        for name in self.order:
+            if name not in at:
+                raise UserError(f"feature {name!r} of the plan is not in the batch; it has {', '.join(keys)}")
+        return features.permute([at[name] for name in self.order])
+
+    def extra_repr(self) -> str:
+        """The methods in use."""
+        return ", ".join(sorted({encoding.method for encoding in self.plan.encodings.values()}))
+
+
+class EmbeddingBagCollection(_Collection):
+    """Pooled vectors: KeyedJaggedTensor -> KeyedTensor with one vector of `plan.dim` per feature, in plan order.
+
+    Bags may hold any number of ids, repeated or none at all (a zero vector). Weights of the KeyedJaggedTensor multiply
+    the ids' vectors; "mean" divides the sum by the number of ids.
+
+    Args:
+        plan: how each feature is encoded.
+        backend: "fbgemm" trains the tables inside backward by `optimizer`; "torch" makes them ordinary parameters.
+        optimizer: for the fbgemm backend; row-wise Adagrad with lr 0.05 if None.
+        init_std: standard deviation of the entries of composed vectors.
+        device: where the tables live.
+
+    Raises:
+        UserError: for an unknown backend, an optimizer with the torch backend, or a feature with pooling "none".
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: str = "fbgemm",
+        optimizer: Optimizer | None = None,
+        init_std: float = 0.01,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for feature in plan.features:
+            if feature.pooling == "none":
+                raise UserError(f"feature {feature.name!r} has pooling 'none'; use EmbeddingCollection, or sum or mean")
+        super().__init__(plan, backend, optimizer, init_std, device)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """One vector per feature and bag.
+
+        Args:
+            features: ids of at least the plan's features; keys may come in any order.
+
+        Raises:
+            UserError: when a feature is missing or an id is out of range.
+        """
+        names = [feature.name for feature in self.plan.features]
+        vectors = self.vectors(features)
+        return KeyedTensor(names, [self.plan.dim] * len(names), vectors.flatten(1))
+
+    def vectors(self, features: KeyedJaggedTensor) -> Tensor:
+        """The same as [B, F, D], features in plan order."""
+        batch = self._arranged(features)
+        stride = batch.stride()
+        requests: list[Request] = []
+        pieces = list(_pieces(batch, self._each_block()))
+        for block, ids, lengths, weights, sizes in pieces:
+            linear = block.encoding.linear
+            for rows, width in zip(block.rows(ids, sizes), block.widths, strict=True):
+                requests.append(Request(width, rows, lengths if linear else None, weights if linear else None))
+        answers = iter(self.lookup(requests))
+        outputs: list[Tensor] = []
+        for block, _, lengths, weights, _ in pieces:
+            parts = [next(answers) for _ in block.widths]
+            shape = (len(block.features), stride, -1)
+            if block.encoding.linear:
+                sums = block.encoding.combine([part.view(shape).transpose(0, 1) for part in parts])
+            else:
+                sums = block.pool(block.encoding.combine(parts), lengths, weights).view(shape).transpose(0, 1)
+            outputs.append(block.divide(sums, lengths))
+        return self._in_plan_order(outputs)
+
+    def _in_plan_order(self, outputs: Sequence[Tensor]) -> Tensor:
+        """[B, F, D] from one such tensor per block."""
+        names = [feature.name for feature in self.plan.features]
+        if names == self.order:
+            return outputs[0] if len(outputs) == 1 else torch.cat(tuple(outputs), dim=1)
+        by_name = dict(zip(self.order, (vector for output in outputs for vector in output.unbind(1)), strict=True))
+        return torch.stack([by_name[name] for name in names], dim=1)
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The logical tables as torchrec describes them, for models that ask (torchrec.models.dlrm.DLRM does)."""
+        kinds = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+        grouped: dict[tuple[str, str], list[Feature]] = {}
+        for feature in self.plan.features:
+            grouped.setdefault((feature.space, feature.pooling), []).append(feature)
+        return [
+            EmbeddingBagConfig(
+                name=space,
+                embedding_dim=self.plan.dim,
+                num_embeddings=members[0].num_ids,
+                feature_names=[member.name for member in members],
+                pooling=kinds[pooling],
+            )
+            for (space, pooling), members in grouped.items()
+        ]
+
+
+class EmbeddingCollection(_Collection):
+    """A vector per id: KeyedJaggedTensor -> dict of JaggedTensor with values [N, D] and the ids' own lengths.
+
+    Takes the same arguments as `EmbeddingBagCollection`; pooling of the features is left to the model.
+    """
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """The vectors of every feature's ids, in their order.
+
+        Raises:
+            UserError: when a feature is missing or an id is out of range.
+        """
+        batch = self._arranged(features)
+        pieces = list(_pieces(batch, self._each_block()))
+        requests = [
+            Request(width, rows, None)
+            for block, ids, _, _, sizes in pieces
+            for rows, width in zip(block.rows(ids, sizes), block.widths, strict=True)
+        ]
+        answers = iter(self.lookup(requests))
+        outputs: dict[str, JaggedTensor] = {}
+        for block, _, lengths, _, sizes in pieces:
+            vectors = block.encoding.combine([next(answers) for _ in block.widths])
+            per_feature = lengths.view(len(sizes), -1)
+            for feature, values, counts in zip(block.features, vectors.split(sizes), per_feature, strict=True):
+                outputs[feature.name] = JaggedTensor(values=values, lengths=counts)
+        return {feature.name: outputs[feature.name] for feature in self.plan.features}
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """The logical tables as torchrec describes them."""
+        spaces: dict[str, list[Feature]] = {}
+        for feature in self.plan.features:
+            spaces.setdefault(feature.space, []).append(feature)
+        return [
+            EmbeddingConfig(
+                name=space,
+                embedding_dim=self.plan.dim,
+                num_embeddings=members[0].num_ids,
+                feature_names=[member.name for member in members],
+            )
+            for space, members in spaces.items()
+        ]
+
+
+def _blocks(plan: Plan, base: dict[str, int]) -> list[Block]:
+    """Groups the plan's features into blocks, keeping their order within each."""
+    grouped: dict[tuple, list[Feature]] = {}
+    for feature in plan.features:
+        encoding = plan.encodings[feature.space]
+        widths = tuple(plan.tables[name].width for name in encoding.tables)
+        bounded = encoding.num_ids is not None
+        grouped.setdefault((type(encoding), encoding.variant, widths, bounded), []).append(feature)
+    blocks = []
+    for (_, _, widths, _), members in grouped.items():
+        encodings = [plan.encodings[member.space] for member in members]
+        bases = torch.tensor([[base[name] for name in encoding.tables] for encoding in encodings])
+        blocks.append(Block(members, encodings, widths, bases))
+    return blocks
+
+
+Piece = tuple[Block, Tensor, Tensor, Tensor | None, list[int]]
+
+
+def _pieces(batch: KeyedJaggedTensor, blocks: Iterator[Block]) -> Iterator[Piece]:
+    """Each block with its ids [N], bag lengths [F * B], weights [N] and the number of ids of each feature."""
+    values, lengths, weights = batch.values().long(), batch.lengths(), batch.weights_or_none()
+    ends = batch.offset_per_key()
+    sizes = [stop - start for start, stop in pairwise(ends)]
+    first = 0
+    for block in blocks:
+        last = first + len(block.features)
+        ids = slice(ends[first], ends[last])
+        bags = slice(first * batch.stride(), last * batch.stride())
+        yield block, values[ids], lengths[bags], None if weights is None else weights[ids], sizes[first:last]
+        first = last

@@ -1,0 +1,298 @@
+"""Lookup backends: they hold the physical tables, sum rows over bags, and know nothing of methods.
+
+    rows [N], lengths [B] --lookup--> sums [B, W]
+
+    N rows to read   B bags   W width of the table   R rows of all tables of one width
+
+Tables of one width are stacked into one matrix, and a method's rows are already offset by `base`. One call then serves
+every table of that width, whatever the number of bags, and a batch of any shape is one kernel launch a width. (Measured
+for 26 tables of 100k rows x 16, batch 4096, uniform ids, one thread: forward, backward and update take 0.62 of the time
+of the same kernel with 26 separate tables; two chunks of width 8 in one table 0.57.)
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embtab.errors import UserError
+from embtab.methods import Table
+
+OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer that the fbgemm backend applies to its tables inside backward.
+
+    Args:
+        name: "sgd"; "adagrad" (a second moment per entry); or "rowwise_adagrad" (one per row: the mean of squares).
+        lr: learning rate.
+        eps: added to the root of the second moment; unused by sgd.
+    """
+
+    name: str = "rowwise_adagrad"
+    lr: float = 0.05
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UserError(f"table optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.name!r}")
+        if not self.lr >= 0:
+            raise UserError(f"table optimizer: lr must be zero or more, got {self.lr!r}")
+
+
+@dataclass
+class Request:
+    """Rows of tables of one width, to be summed over bags.
+
+    Args:
+        width: W.
+        rows: int64 [N], offset by the tables' `base`.
+        lengths: int64 [B], rows in each bag; None where every row is a bag of its own.
+        weights: float32 [N] factors of the rows, or None.
+    """
+
+    width: int
+    rows: Tensor
+    lengths: Tensor | None
+    weights: Tensor | None = None
+
+
+class Lookup(nn.Module):
+    """The physical tables, stacked by width. `state_dict` names them one by one, the same in every backend."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        super().__init__()
+        self.tables = {table.name: table for table in tables}
+        self.base: dict[str, int] = {}
+        self.stacked_rows: dict[int, int] = {}
+        for table in tables:
+            self.base[table.name] = self.stacked_rows.get(table.width, 0)
+            self.stacked_rows[table.width] = self.base[table.name] + table.num_rows
+
+    @abstractmethod
+    def stack(self, width: int) -> Tensor:
+        """The matrix [R, W] that holds all tables of a width, detached: writing to it writes to the tables."""
+
+    @abstractmethod
+    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """[B, W]: sums of (weighted) rows; bag b holds rows[offsets[b]:offsets[b + 1]]."""
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What the backend's own optimizer remembers, detached, by table; empty where the optimizer is outside."""
+
+    def table(self, name: str) -> Tensor:
+        """The matrix [num_rows, W] of one table, detached: writing to it writes to the table."""
+        table = self.tables[name]
+        return self.stack(table.width)[self.base[name] : self.base[name] + table.num_rows]
+
+    def forward(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Answers each request with its sums [B, W], reading each width's matrix once."""
+        answers: list[Tensor | None] = [None] * len(requests)
+        for width in dict.fromkeys(request.width for request in requests):
+            chosen = [i for i, request in enumerate(requests) if request.width == width]
+            group = [requests[i] for i in chosen]
+            sums = self.sum_bags(width, *_joined(group))
+            sizes = [len(r.rows) if r.lengths is None else len(r.lengths) for r in group]
+            for i, part in zip(chosen, sums.split(sizes), strict=True):
+                answers[i] = part
+        return [answer for answer in answers if answer is not None]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name in self.tables:
+            destination[prefix + name] = self.table(name)
+        for name, state in self.optimizer_state().items():
+            destination[f"{prefix}{name}.optimizer"] = state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes tables saved by any backend; optimizer state only where this backend keeps the same kind."""
+        wanted = {name: self.table(name) for name in self.tables}
+        own = {f"{name}.optimizer": state for name, state in self.optimizer_state().items()}
+        for key, target in (wanted | own).items():
+            saved = state_dict.get(prefix + key)
+            if saved is None:
+                if key in wanted:
+                    missing_keys.append(prefix + key)
+            elif saved.shape != target.shape:
+                error_msgs.append(f"table {key!r}: saved shape {tuple(saved.shape)}, here {tuple(target.shape)}")
+            else:
+                target.copy_(saved)
+        known = wanted | {f"{name}.optimizer": None for name in self.tables}
+        unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known]
+
+
+def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows, bag offsets and weights of several requests, one after the other."""
+    rows = _cat([request.rows for request in group])
+    if all(request.lengths is None for request in group):
+        offsets = torch.arange(len(rows) + 1, device=rows.device)
+    else:
+        lengths = _cat([torch.ones_like(r.rows) if r.lengths is None else r.lengths for r in group])
+        offsets = F.pad(lengths.cumsum(0), (1, 0))
+    if all(request.weights is None for request in group):
+        return rows, offsets, None
+    ones = [r.weights if r.weights is not None else torch.ones(len(r.rows), device=rows.device) for r in group]
+    return rows, offsets, _cat(ones)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+class TorchLookup(Lookup):
+    """Plain torch: the tables are parameters, trained by any torch optimizer. The reference.
+
+    Args:
+        tables: the physical tables.
+        sparse: give sparse gradients, for torch.optim.SparseAdam, SGD and Adagrad.
+    """
+
+    def __init__(self, tables: Sequence[Table], device: torch.device | str, sparse: bool = False) -> None:
+        super().__init__(tables)
+        self.sparse = sparse
+        for width, rows in self.stacked_rows.items():
+            self.register_parameter(f"width{width}", nn.Parameter(torch.zeros(rows, width, device=device)))
+
+    def stack(self, width: int) -> Tensor:
+        """The parameter of this width, detached."""
+        return self.get_parameter(f"width{width}").detach()
+
+    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Sums by torch's own embedding bag."""
+        return F.embedding_bag(
+            rows,
+            self.get_parameter(f"width{width}"),
+            offsets,
+            mode="sum",
+            sparse=self.sparse,
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Empty: the optimizer is the user's."""
+        return {}
+
+
+class FbgemmLookup(Lookup):
+    """fbgemm's table-batched lookups with the optimizer fused into backward; fastest, and no gradient is ever stored.
+
+    The tables are no torch parameters: `parameters()` does not list them, and no outer optimizer can touch them.
+    fbgemm wants widths in multiples of 4, so narrower rows are padded while training (not in what is saved); row-wise
+    Adagrad then averages squares over the padded width.
+    """
+
+    def __init__(self, tables: Sequence[Table], device: torch.device | str, optimizer: Optimizer) -> None:
+        super().__init__(tables)
+        self.optimizer = optimizer
+        self.device = torch.device(device)
+        self._kernels = self._made(self.device)
+
+    def _made(self, device: torch.device) -> dict[int, Any]:
+        """One table-batched kernel per width, all rows zero."""
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+            BoundsCheckMode,
+            EmbeddingLocation,
+            PoolingMode,
+        )
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+
+        on_gpu = device.type == "cuda"
+        place = EmbeddingLocation.DEVICE if on_gpu else EmbeddingLocation.HOST
+        compute = ComputeDevice.CUDA if on_gpu else ComputeDevice.CPU
+        kind = {
+            "sgd": EmbOptimType.EXACT_SGD,
+            "adagrad": EmbOptimType.EXACT_ADAGRAD,
+            "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        }[self.optimizer.name]
+        return {
+            width: SplitTableBatchedEmbeddingBagsCodegen(
+                [(rows, _padded(width), place, compute)],
+                optimizer=kind,
+                learning_rate=self.optimizer.lr,
+                eps=self.optimizer.eps,
+                pooling_mode=PoolingMode.SUM,
+                bounds_check_mode=BoundsCheckMode.NONE,  # rows are in range by construction; ids were checked before
+                device=device,
+            )
+            for width, rows in self.stacked_rows.items()
+        }
+
+    def stack(self, width: int) -> Tensor:
+        """The kernel's matrix without its padding."""
+        matrix: Tensor = self._kernels[width].split_embedding_weights()[0].detach()
+        return matrix[:, :width]
+
+    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Sums by the fused kernel, whose backward updates the rows."""
+        sums: Tensor = self._kernels[width](rows, offsets, weights)
+        return sums if width == _padded(width) else sums[:, :width]
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Second moments: [num_rows] for rowwise_adagrad, [num_rows, W] for adagrad, nothing for sgd."""
+        if self.optimizer.name == "sgd":
+            return {}
+        states = {}
+        for name, table in self.tables.items():
+            moments = self._kernels[table.width].split_optimizer_states()[0][0].detach()
+            if self.optimizer.name == "adagrad":
+                moments = moments.view(-1, _padded(table.width))[:, : table.width]
+            states[name] = moments[self.base[name] : self.base[name] + table.num_rows]
+        return states
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Changes the learning rate of all tables from the next backward on."""
+        for kernel in self._kernels.values():
+            kernel.set_learning_rate(lr)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FbgemmLookup:
+        """Follows `.to(device)`: the kernel is made anew there, and tables and optimizer state are copied."""
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
+            state = self.state_dict()
+            self.device, self._kernels = device, self._made(device)
+            self.load_state_dict(state)
+        return self
+
+
+def _padded(width: int) -> int:
+    return -(-width // 4) * 4
+
+
+def make_lookup(
+    tables: Sequence[Table], backend: str, device: torch.device | str, optimizer: Optimizer | None
+) -> Lookup:
+    """The backend of a name.
+
+    Raises:
+        UserError: for an unknown backend, or a table optimizer with the torch backend.
+    """
+    if backend == "fbgemm":
+        return FbgemmLookup(tables, device, optimizer or Optimizer())
+    if backend == "torch":
+        if optimizer is not None:
+            raise UserError("the torch backend has no optimizer of its own; give tables.parameters() to a torch one")
+        return TorchLookup(tables, device)
+    raise UserError(f"unknown lookup backend {backend!r}; there are torch and fbgemm")

@@ -1,0 +1,50 @@
+"""Dense: one row per id, exact. The reference every other method is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from embtab.features import Feature
+from embtab.methods.base import Array, Encoding, Solution, Table, infeasible
+
+
+@dataclass(frozen=True)
+class Dense(Encoding):
+    """The id is the row."""
+
+    method: ClassVar[str] = "dense"
+
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """None are needed."""
+        return {}
+
+    @staticmethod
+    def rows(ids: Array, c: Mapping[str, Array]) -> Array:
+        """The id itself."""
+        return ids
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        """The row itself."""
+        return parts[0]
+
+    def part_std(self, std: float) -> float:
+        """The dense table's own."""
+        return std
+
+    @classmethod
+    def solve(cls, spaces: Sequence[Feature], budget: int | None, dim: int, seed: int) -> Solution:
+        """One full table per id space; there is nothing to choose."""
+        each = [dense_solution(space, dim) for space in spaces]
+        solution = Solution([one.encodings[0] for one in each], [one.tables[0] for one in each])
+        if budget is not None and solution.nbytes > budget:
+            raise infeasible(cls.method, budget, solution.nbytes)
+        return solution
+
+
+def dense_solution(space: Feature, dim: int) -> Solution:
+    """The exact table of one id space; other methods use it for spaces that would not shrink."""
+    return Solution([Dense(dim, space.num_ids, (space.name,))], [Table(space.name, space.num_ids, dim)])

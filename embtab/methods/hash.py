@@ -1,0 +1,59 @@
+"""Hashing trick: every id space has a smaller table of its own, and ids share its rows by a seeded hash.
+
+Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009, arXiv 0902.2206; rows in proportion
+to cardinality, as the baseline of arXiv 2305.12102. Unlike the usual `id % rows`, the hash is seeded by the feature's
+name, so that two features never repeat each other's collisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from embtab.features import Feature
+from embtab.hashing import MAX_ROWS, hash_rows, seed_of
+from embtab.methods.base import FLOAT_BYTES, Array, Encoding, Solution, Table, fill
+from embtab.methods.dense import dense_solution
+
+
+@dataclass(frozen=True)
+class Hash(Encoding):
+    """One hashed row per id; any int64 is an id."""
+
+    seed: int
+    num_rows: int
+
+    method: ClassVar[str] = "hash"
+
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """The seed and the number of rows."""
+        return {"seed": (self.seed,), "num_rows": (self.num_rows,)}
+
+    @staticmethod
+    def rows(ids: Array, c: Mapping[str, Array]) -> Array:
+        """The seeded hash of the id."""
+        return hash_rows(ids, c["seed"], c["num_rows"])
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        """The row itself."""
+        return parts[0]
+
+    def part_std(self, std: float) -> float:
+        """The dense table's own: a vector is one row."""
+        return std
+
+    @classmethod
+    def solve(cls, spaces: Sequence[Feature], budget: int | None, dim: int, seed: int) -> Solution:
+        """Rows in proportion to cardinality, at least one per space; spaces that would not shrink stay dense."""
+
+        def choose(space: Feature, target: int) -> Solution:
+            num_rows = min(max(target // (dim * FLOAT_BYTES), 1), MAX_ROWS)
+            if num_rows >= space.num_ids:
+                return dense_solution(space, dim)
+            encoding = cls(dim, None, (space.name,), seed_of(space.name, 0, seed), num_rows)
+            return Solution([encoding], [Table(space.name, num_rows, dim)])
+
+        return fill(spaces, budget, dim, cls.method, choose)

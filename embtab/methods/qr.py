@@ -1,0 +1,106 @@
+"""Quotient-remainder: two small tables whose rows, together, are unique for every id.
+
+Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation Systems",
+KDD 2020, arXiv 1909.02107: id i reads row i // c of a quotient table and row i % c of a remainder table (c collisions);
+the two are concatenated, added or multiplied.
+
+Differs from the reference code (facebookresearch/dlrm, tricks/qr_embedding_bag.py), which pools a bag before it
+multiplies (wrong for bags of two or more), divides ids as float32 (wrong above 2^24), and starts from U(sqrt(1/n), 1)
+instead of +-sqrt(1/n). Here products are formed per id, division is exact, and parts start with zero mean and the
+variance that gives composed entries the dense table's. Concatenation halves the rows' width, so D stays D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from embtab.errors import UserError
+from embtab.features import Feature
+from embtab.methods.base import FLOAT_BYTES, Array, Encoding, Solution, Table, fill
+from embtab.methods.dense import dense_solution
+
+OPS = ("concat", "sum", "product")
+
+
+@dataclass(frozen=True)
+class QR(Encoding):
+    """Row id // collisions of the quotient table and row id % collisions of the remainder table."""
+
+    collisions: int
+    op: str
+
+    method: ClassVar[str] = "qr"
+
+    @property
+    def linear(self) -> bool:
+        """A product of sums is not the sum of products."""
+        return self.op != "product"
+
+    @property
+    def variant(self) -> tuple:
+        """The way the two parts become one."""
+        return (self.op,)
+
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """Both parts as (id // stride) % modulus: the quotient, then the remainder."""
+        assert self.num_ids is not None
+        return {"stride": (self.collisions, 1), "modulus": (-(-self.num_ids // self.collisions), self.collisions)}
+
+    @staticmethod
+    def rows(ids: Array, c: Mapping[str, Array]) -> Array:
+        """Quotient and remainder, by exact integer division."""
+        return (ids // c["stride"]) % c["modulus"]
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        """Concatenation, sum or product of the two rows."""
+        quotient, remainder = parts
+        if self.op == "concat":
+            return torch.cat(tuple(parts), dim=-1)
+        return quotient + remainder if self.op == "sum" else quotient * remainder
+
+    def part_std(self, std: float) -> float:
+        """Variances add in a sum and multiply in a product of independent zero-mean parts."""
+        return {"concat": std, "sum": std / math.sqrt(2), "product": math.sqrt(std)}[self.op]
+
+    @classmethod
+    def solve(
+        cls, spaces: Sequence[Feature], budget: int | None, dim: int, seed: int, *, op: str = "product"
+    ) -> Solution:
+        """The fewest collisions that fit each space's share; spaces that would not shrink stay dense."""
+        if op not in OPS:
+            raise UserError(f"qr: op must be one of {', '.join(OPS)}; got {op!r}")
+        if op == "concat" and dim % 2:
+            raise UserError(f"qr: op 'concat' halves the dimension, so dim must be even; got dim={dim}")
+        width = dim // 2 if op == "concat" else dim
+
+        def nbytes(num_ids: int, collisions: int) -> int:
+            return (-(-num_ids // collisions) + collisions) * width * FLOAT_BYTES
+
+        def choose(space: Feature, target: int) -> Solution:
+            n = space.num_ids
+            root = math.isqrt(n)
+            most = min(range(max(root - 1, 2), root + 3), key=lambda c: nbytes(n, c))
+            collisions = _fewest(lambda c: nbytes(n, c) <= target, most)
+            if target >= n * dim * FLOAT_BYTES or nbytes(n, collisions) >= n * dim * FLOAT_BYTES:
+                return dense_solution(space, dim)
+            quotient = Table(f"{space.name}@quotient", -(-n // collisions), width)
+            remainder = Table(f"{space.name}@remainder", collisions, width)
+            encoding = cls(dim, n, (quotient.name, remainder.name), collisions, op)
+            return Solution([encoding], [quotient, remainder])
+
+        return fill(spaces, budget, dim, cls.method, choose)
+
+
+def _fewest(fits: Callable[[int], bool], most: int) -> int:
+    """The smallest number of collisions from 2 to `most` that fits, by bisection; `most` if none does."""
+    low, high = 2, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high

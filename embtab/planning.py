@@ -1,0 +1,284 @@
+"""From features and a byte budget to a plan: which method encodes each feature, with what numbers, in how many bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from embtab.errors import InfeasibleBudget, UserError
+from embtab.features import Feature, id_spaces
+from embtab.methods import METHODS, Encoding, Table
+from embtab.methods.base import FLOAT_BYTES, Solution
+from embtab.sizes import format_bytes, parse_bytes
+
+# "qr", or {"name": "qr", "op": "sum"} with the options of the method.
+MethodSpec = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every feature is encoded, and the exact bytes that serving needs. Made by `plan`, never by hand.
+
+    Args:
+        features: in the order of the model's inputs.
+        encodings: by id space.
+        tables: the physical tables, by name.
+        dim: D, the width of every composed vector.
+        seed: the user's seed.
+        budget: bytes asked for; None if there was no limit.
+    """
+
+    features: tuple[Feature, ...]
+    encodings: Mapping[str, Encoding]
+    tables: Mapping[str, Table]
+    dim: int
+    seed: int
+    budget: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Serving bytes: everything needed to produce a vector. Never above the budget."""
+        return sum(self.bytes_by_part().values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """What the same features would take as dense tables."""
+        return sum(space.num_ids for space in id_spaces(self.features)) * self.dim * FLOAT_BYTES
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Serving bytes of each physical table."""
+        return {name: table.nbytes for name, table in self.tables.items()}
+
+    def encoding(self, feature: str) -> Encoding:
+        """The encoding of a feature, by the feature's name."""
+        for known in self.features:
+            if known.name == feature:
+                return self.encodings[known.space]
+        raise UserError(f"no feature {feature!r} in this plan; it has {', '.join(f.name for f in self.features)}")
+
+    def describe(self) -> str:
+        """A table for people: features, their methods and numbers, and bytes by physical table."""
+        rows = [("feature", "ids", "method", "parts", "rows x width", "bytes")]
+        for feature in self.features:
+            encoding = self.encodings[feature.space]
+            tables = [self.tables[name] for name in dict.fromkeys(encoding.tables)]
+            shape = " + ".join(f"{table.num_rows} x {table.width}" for table in tables)
+            shared = any(name.startswith("@") for name in encoding.tables)
+            size = "shared" if shared else format_bytes(sum(table.nbytes for table in tables))
+            rows.append((feature.name, f"{feature.num_ids}", encoding.method, f"{len(encoding.tables)}", shape, size))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [
+            f"{table.name}: {format_bytes(table.nbytes)}" for table in self.tables.values() if "@uni" in table.name
+        ]
+        asked = "no budget" if self.budget is None else f"budget {format_bytes(self.budget)}"
+        ratio = self.dense_nbytes / self.nbytes
+        lines.append(
+            f"total {format_bytes(self.nbytes)} ({self.nbytes} bytes; {asked}), "
+            f"{ratio:.3g}x smaller than dense ({format_bytes(self.dense_nbytes)})"
+        )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives the same plan back (feature counts are left out)."""
+        return {
+            "dim": self.dim,
+            "seed": self.seed,
+            "budget": self.budget,
+            "features": [
+                {"name": f.name, "num_ids": f.num_ids, "pooling": f.pooling, "id_space": f.id_space}
+                for f in self.features
+            ],
+            "encodings": {
+                space: {"method": e.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(e).items()}}
+                for space, e in self.encodings.items()
+            },
+            "tables": [dataclasses.asdict(table) for table in self.tables.values()],
+        }
+
+    @classmethod
+    def from_dict(cls, described: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` described.
+
+        Raises:
+            UserError: when a field is missing or unknown.
+        """
+        try:
+            return _assembled(
+                tuple(Feature(**entry) for entry in described["features"]),
+                {space: _read_encoding(entry) for space, entry in described["encodings"].items()},
+                [Table(**entry) for entry in described["tables"]],
+                described["dim"],
+                described["seed"],
+                described["budget"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"not a plan: {error}") from error
+
+
+def plan(
+    features: Sequence[Feature],
+    method: MethodSpec | Mapping[str, MethodSpec] = "dense",
+    budget: int | float | str | None = None,
+    dim: int = 16,
+    seed: int = 0,
+    **options: Any,
+) -> Plan:
+    """The largest tables of a method that fit into a byte budget.
+
+    Args:
+        features: the model's categorical features.
+        method: a name from `METHODS`; {"name": "qr", "op": "sum"} to set options; or a map from feature names (or id
+            spaces) to either, with "*" for the rest: {"C1": "dense", "*": "qr"}.
+        budget: serving bytes: 8_000_000, "8MB", "8MiB", "0.1x" (of the dense tables); None for no limit.
+        dim: D, the width of every vector.
+        seed: changes every hash.
+        **options: options of the method, where `method` is a plain name.
+
+    Raises:
+        InfeasibleBudget: when the smallest form does not fit; it carries `.min_bytes`.
+        UserError: for an unknown method, option or feature, or a budget that is no size.
+    """
+    spaces = id_spaces(features)
+    if not spaces:
+        raise UserError("a plan needs at least one feature")
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise UserError(f"dim must be a positive whole number, got {dim!r}")
+    dense_bytes = sum(space.num_ids for space in spaces) * dim * FLOAT_BYTES
+    limit = None if budget is None else parse_bytes(budget, dense_bytes)
+    groups = _grouped(spaces, features, method, options)
+    solutions = _solve(groups, limit, dim, seed)
+    encodings: dict[str, Encoding] = {}
+    tables: list[Table] = []
+    for group, solution in zip(groups, solutions, strict=True):
+        encodings |= zip((space.name for space in group.spaces), solution.encodings, strict=True)
+        tables += solution.tables
+    ordered = {space.name: encodings[space.name] for space in spaces}
+    made = _assembled(tuple(features), ordered, tables, dim, seed, limit)
+    if limit is not None and made.nbytes > limit:
+        raise AssertionError(f"planned {made.nbytes} bytes for a budget of {limit}; please report this")
+    return made
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The id spaces that one method, with one set of options, encodes together."""
+
+    name: str
+    options: Mapping[str, Any]
+    spaces: Sequence[Feature]
+
+    def solve(self, budget: int | None, dim: int, seed: int) -> Solution:
+        return METHODS[self.name].solve(self.spaces, budget, dim, seed, **self.options)
+
+
+def _grouped(
+    spaces: Sequence[Feature], features: Sequence[Feature], method: Any, options: Mapping[str, Any]
+) -> list[_Group]:
+    """Groups id spaces by method and options."""
+    if isinstance(method, str) or "name" in method:
+        return [_Group(*_read_spec(method, options), spaces)]
+    if options:
+        raise UserError(f"options {', '.join(options)} need one method; give them inside the map instead")
+    space_of = {feature.name: feature.space for feature in features} | {space.name: space.name for space in spaces}
+    unknown = [name for name in method if name != "*" and name not in space_of]
+    if unknown:
+        raise UserError(f"method names a feature {unknown[0]!r} that is not there; there are {', '.join(space_of)}")
+    chosen = {space_of[name]: spec for name, spec in method.items() if name != "*"}
+    groups: dict[str, _Group] = {}
+    for space in spaces:
+        if space.name not in chosen and "*" not in method:
+            raise UserError(f"method says nothing of feature {space.name!r}; name it or add '*' for the rest")
+        name, spec_options = _read_spec(chosen.get(space.name, method.get("*")), {})
+        key = f"{name} {sorted(spec_options.items())}"
+        members = groups[key].spaces if key in groups else ()
+        groups[key] = _Group(name, spec_options, (*members, space))
+    return list(groups.values())
+
+
+def _read_spec(spec: Any, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A method's name and options, checked against what its solver takes."""
+    if isinstance(spec, Mapping):
+        options = {**{key: value for key, value in spec.items() if key != "name"}, **options}
+        spec = spec.get("name")
+    if spec not in METHODS:
+        raise UserError(f"unknown method {spec!r}; there are {', '.join(METHODS)}")
+    parameters = inspect.signature(METHODS[spec].solve).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise UserError(f"method {spec!r} has no option {option!r}; it has {', '.join(known) or 'none'}")
+    return spec, dict(options)
+
+
+def _solve(groups: Sequence[_Group], limit: int | None, dim: int, seed: int) -> list[Solution]:
+    """Solves each group for its part of the budget; parts are in proportion to dense bytes, within what each can use."""
+    if limit is None or len(groups) == 1:
+        return [group.solve(limit, dim, seed) for group in groups]
+    least = [_least(group, dim, seed) for group in groups]
+    if sum(least) > limit:
+        raise InfeasibleBudget(
+            f"the methods together need at least {format_bytes(sum(least))} ({sum(least)} bytes), "
+            f"more than the budget of {limit} bytes",
+            sum(least),
+        )
+    most = [sum(space.num_ids for space in group.spaces) * dim * FLOAT_BYTES for group in groups]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        parts = [max(small, int(middle * large)) for small, large in zip(least, most, strict=True)]
+        low, high = (middle, high) if sum(parts) <= limit else (low, middle)
+    solutions: list[Solution] = []
+    left = limit - sum(least)
+    for group, small, large in zip(groups, least, most, strict=True):
+        part = max(small, int(low * large))
+        # What an earlier group could not use goes to the next.
+        solution = group.solve(min(small + left, max(part, small)), dim, seed)
+        left -= solution.nbytes - small
+        solutions.append(solution)
+    for i, group in enumerate(groups):
+        larger = group.solve(solutions[i].nbytes + left, dim, seed)
+        left -= larger.nbytes - solutions[i].nbytes
+        solutions[i] = larger
+    return solutions
+
+
+def _least(group: _Group, dim: int, seed: int) -> int:
+    """The smallest bytes a group can be solved in."""
+    try:
+        return group.solve(1, dim, seed).nbytes
+    except InfeasibleBudget as error:
+        return error.min_bytes
+
+
+def _read_encoding(entry: Mapping[str, Any]) -> Encoding:
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    name = fields.pop("method")
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name](**fields)
+
+
+def _assembled(
+    features: tuple[Feature, ...],
+    encodings: Mapping[str, Encoding],
+    tables: Sequence[Table],
+    dim: int,
+    seed: int,
+    budget: int | None,
+) -> Plan:
+    """A plan whose encodings read only tables that are there, each named once."""
+    by_name = {table.name: table for table in tables}
+    if len(by_name) != len(tables):
+        names = [table.name for table in tables]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two physical tables would be called {twice!r}; rename the feature")
+    for space, encoding in encodings.items():
+        for name in encoding.tables:
+            if name not in by_name:
+                raise UserError(f"feature {space!r} reads a table {name!r} that the plan does not have")
+    return Plan(features, MappingProxyType(dict(encodings)), MappingProxyType(by_name), dim, seed, budget)
