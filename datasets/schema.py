@@ -128,7 +128,7 @@ class Dataset:
 
 
 def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A Parquet writer with the settings every dataset file has; give it tables with `row_group_size=ROW_GROUP_ROWS`."""
+    """A Parquet writer with the settings every dataset file has; write tables with `row_group_size=ROW_GROUP_ROWS`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return pq.ParquetWriter(path, schema, compression="lz4", use_dictionary=False, write_statistics=True)
 
