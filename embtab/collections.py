@@ -75,14 +75,14 @@ class Block(nn.Module):
         Raises:
             UserError: when an id is out of range; it names feature, id and cardinality.
         """
-        shaped = ids.view(len(sizes), -1, 1) if len(set(sizes)) == 1 else ids.unsqueeze(-1)
+        shaped = ids.view(len(sizes), sizes[0], 1) if len(set(sizes)) == 1 else ids.unsqueeze(-1)
         if self.bounded:
             limits = self._spread("limits", sizes)
             outside = (shaped < 0) | (shaped >= limits)
             if bool(outside.any()):
                 self._complain(ids, outside.flatten(), sizes)
         rows = self.encoding.rows(shaped, {name: self._spread(name, sizes) for name in self.names})
-        return (rows + self._spread("bases", sizes)).reshape(len(ids), -1).t()
+        return (rows + self._spread("bases", sizes)).reshape(len(ids), len(self.widths)).t()
 
     def _complain(self, ids: Tensor, outside: Tensor, sizes: Sequence[int]) -> None:
         at = int(outside.nonzero()[0])
@@ -226,11 +226,10 @@ class EmbeddingBagCollection(_Collection):
         outputs: list[Tensor] = []
         for block, _, lengths, weights, _ in pieces:
             parts = [next(answers) for _ in block.widths]
-            shape = (len(block.features), stride, -1)
             if block.encoding.linear:
-                sums = block.encoding.combine([part.view(shape).transpose(0, 1) for part in parts])
+                sums = block.encoding.combine([_per_bag(part, stride) for part in parts])
             else:
-                sums = block.pool(block.encoding.combine(parts), lengths, weights).view(shape).transpose(0, 1)
+                sums = _per_bag(block.pool(block.encoding.combine(parts), lengths, weights), stride)
             outputs.append(block.divide(sums, lengths))
         return self._in_plan_order(outputs)
 
@@ -318,6 +317,11 @@ def _blocks(plan: Plan, base: dict[str, int]) -> list[Block]:
         bases = torch.tensor([[base[name] for name in encoding.tables] for encoding in encodings])
         blocks.append(Block(members, encodings, widths, bases))
     return blocks
+
+
+def _per_bag(stacked: Tensor, stride: int) -> Tensor:
+    """[F * B, W], feature after feature, seen as [B, F, W]."""
+    return stacked.view(-1 if stride else 0, stride, stacked.shape[1]).transpose(0, 1)
 
 
 Piece = tuple[Block, Tensor, Tensor, Tensor | None, list[int]]

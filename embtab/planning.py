@@ -1,4 +1,4 @@
-"""From features and a byte budget to a plan: which method encodes each feature, with what numbers, in how many bytes."""
+"""From features and a byte budget to a plan: each feature's method, its numbers, and the exact bytes."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def _read_spec(spec: Any, options: Mapping[str, Any]) -> tuple[str, dict[str, An
 
 
 def _solve(groups: Sequence[_Group], limit: int | None, dim: int, seed: int) -> list[Solution]:
-    """Solves each group for its part of the budget; parts are in proportion to dense bytes, within what each can use."""
+    """Solves each group for its part of the budget, in proportion to dense bytes within what it can use."""
     if limit is None or len(groups) == 1:
         return [group.solve(limit, dim, seed) for group in groups]
     least = [_least(group, dim, seed) for group in groups]

@@ -50,9 +50,7 @@ def format_bytes(nbytes: int) -> str:
     """A size for people, in powers of ten: 8400000 -> "8.40 MB"."""
     if nbytes < 1000:
         return f"{nbytes} B"
-    value, unit = float(nbytes), ""
-    for unit in ("kB", "MB", "GB", "TB"):
-        value /= 1000
-        if value < 999.5:
-            break
-    return f"{value:.3g} {unit}"
+    for power, unit in enumerate(("kB", "MB", "GB"), start=1):
+        if nbytes < 999.5 * 1000**power:
+            return f"{nbytes / 1000**power:.3g} {unit}"
+    return f"{nbytes / 1000**4:.3g} TB"

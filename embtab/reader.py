@@ -1,0 +1,123 @@
+"""Decodes tables with NumPy alone: the oracle of the tests, and the template for a port to another language.
+
+Nothing here shares code with the training side: hashes are computed on uint64, and every method's decoder is written
+out from its definition. Given a plan as plain data (`Plan.to_dict`) and the physical tables as arrays, `vectors` gives
+the vector of each id and `lookup` pools them over bags.
+
+    N ids   B bags   D dimension   R rows of a physical table   W its width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Encoding = Mapping[str, Any]
+Tables = Mapping[str, np.ndarray]
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64, uint64 -> uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_rows(ids: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
+    """int64 [N]: the top 31 bits of the hash of `id + seed`, scaled to [0, num_rows)."""
+    mixed = splitmix64(ids.astype(np.int64).view(np.uint64) + np.uint64(seed % 2**64))
+    return (((mixed >> np.uint64(33)) * np.uint64(num_rows)) >> np.uint64(31)).astype(np.int64)
+
+
+def dense(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarray:
+    """Row `id` of the table."""
+    return tables[e["tables"][0]][ids]
+
+
+def hashed(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarray:
+    """The hashed row of the table."""
+    return tables[e["tables"][0]][hash_rows(ids, e["seed"], e["num_rows"])]
+
+
+def unified(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarray:
+    """One hashed row per chunk, side by side."""
+    chunks = zip(e["tables"], e["seeds"], strict=True)
+    return np.concatenate([tables[name][hash_rows(ids, seed, e["num_rows"])] for name, seed in chunks], axis=1)
+
+
+def quotient_remainder(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarray:
+    """The quotient's and the remainder's row, combined by `op`."""
+    quotient, remainder = (tables[name] for name in e["tables"])
+    q, r = quotient[ids // e["collisions"]], remainder[ids % e["collisions"]]
+    if e["op"] == "concat":
+        return np.concatenate([q, r], axis=1)
+    return q + r if e["op"] == "sum" else q * r
+
+
+DECODERS: dict[str, Callable[[Encoding, Tables, np.ndarray], np.ndarray]] = {
+    "dense": dense,
+    "hash": hashed,
+    "unified": unified,
+    "qr": quotient_remainder,
+}
+
+
+def vectors(plan: Mapping[str, Any], tables: Tables, feature: str, ids: np.ndarray) -> np.ndarray:
+    """float32 [N, D]: the vector of each id of a feature.
+
+    Args:
+        plan: what `Plan.to_dict` gives.
+        tables: the physical tables [R, W], by name.
+        feature: a feature of the plan.
+        ids: int64 [N].
+
+    Raises:
+        KeyError: for a feature the plan does not have.
+        IndexError: for an id outside [0, num_ids) where the method does not take any int64.
+    """
+    entry = _feature(plan, feature)
+    encoding = plan["encodings"][entry["id_space"] or feature]
+    bound = encoding["num_ids"]
+    if bound is not None and len(ids):
+        outside = (ids < 0) | (ids >= bound)
+        if outside.any():
+            raise IndexError(f"feature {feature!r}: id {ids[outside][0]} is outside [0, {bound})")
+    return DECODERS[encoding["method"]](encoding, tables, ids)
+
+
+def lookup(
+    plan: Mapping[str, Any],
+    tables: Tables,
+    feature: str,
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """float32 [B, D]: the pooled vectors of bags, by the feature's own pooling; an empty bag gives zeros.
+
+    Args:
+        plan: what `Plan.to_dict` gives.
+        tables: the physical tables [R, W], by name.
+        feature: a feature of the plan.
+        ids: int64 [N].
+        offsets: int64 [B + 1]; bag b holds ids[offsets[b]:offsets[b + 1]].
+        weights: float32 [N], factors of the vectors; a mean still divides by the number of ids.
+    """
+    each = vectors(plan, tables, feature, ids)
+    if weights is not None:
+        each = each * weights[:, None]
+    lengths = np.diff(offsets)
+    pooled = np.zeros((len(lengths), each.shape[1]), dtype=each.dtype)
+    np.add.at(pooled, np.repeat(np.arange(len(lengths)), lengths), each)
+    if _feature(plan, feature)["pooling"] == "mean":
+        pooled /= np.maximum(lengths, 1)[:, None].astype(each.dtype)
+    return pooled
+
+
+def _feature(plan: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    for entry in plan["features"]:
+        if entry["name"] == name:
+            return entry
+    raise KeyError(f"no feature {name!r}; there are {', '.join(entry['name'] for entry in plan['features'])}")

@@ -1,0 +1,98 @@
+"""The methods under the law suite (one row a method) and the inputs the laws are tried on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import embtab as et
+
+DIM = 16
+EXTREMES = [0, -1, 2**31, 2**53 + 1, 2**63 - 1, -(2**63)]
+# Cardinalities from trivial to large, a mean-pooled feature, and two features that share an id space.
+FEATURES = [
+    et.Feature("colour", 3),
+    et.Feature("shop", 40, pooling="mean"),
+    et.Feature("item", 1000, id_space="items"),
+    et.Feature("seen", 1000, id_space="items", pooling="mean"),
+    et.Feature("user", 5000),
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A method as a user asks for it, with a budget that makes it compress."""
+
+    name: str
+    method: Any
+    budget: Any = "0.3x"
+
+    def plan(self, features: list[et.Feature] = FEATURES, dim: int = DIM, seed: int = 0) -> et.Plan:
+        return et.plan(features, self.method, self.budget, dim, seed)
+
+
+CASES = [
+    Case("dense", "dense", None),
+    Case("hash", "hash"),
+    Case("unified", "unified"),
+    Case("unified, 4 chunks", {"name": "unified", "chunks": 4}),
+    Case("qr product", "qr"),
+    Case("qr sum", {"name": "qr", "op": "sum"}),
+    Case("qr concat", {"name": "qr", "op": "concat"}),
+    Case("mixed", {"colour": "dense", "items": {"name": "qr", "op": "concat"}, "user": "qr", "*": "unified"}),
+]
+
+
+@dataclass
+class Bags:
+    """Ids of every feature as bags: per feature, `bags` lists of (id, weight)."""
+
+    content: dict[str, list[list[tuple[int, float]]]]
+
+    def kjt(self, weighted: bool) -> KeyedJaggedTensor:
+        flat = [pair for bags in self.content.values() for bag in bags for pair in bag]
+        return KeyedJaggedTensor(
+            keys=list(self.content),
+            values=torch.tensor([i for i, _ in flat], dtype=torch.int64),
+            lengths=torch.tensor([len(bag) for bags in self.content.values() for bag in bags], dtype=torch.int32),
+            weights=torch.tensor([w for _, w in flat], dtype=torch.float32) if weighted else None,
+        )
+
+    def arrays(self, feature: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids [N], offsets [B + 1], weights [N] of one feature."""
+        bags = self.content[feature]
+        ids = np.array([i for bag in bags for i, _ in bag], dtype=np.int64)
+        weights = np.array([w for bag in bags for _, w in bag], dtype=np.float32)
+        return ids, np.cumsum([0, *map(len, bags)]), weights
+
+
+@st.composite
+def batches(draw: st.DrawFn, plan: et.Plan) -> Bags:
+    """Random bags for a plan, with empty bags, repeated ids, and extreme ids where the method takes any int64."""
+    size = draw(st.integers(1, 5))
+    weight = st.floats(-2, 2, width=32)
+    content = {}
+    for feature in plan.features:
+        ids = st.integers(0, feature.num_ids - 1)
+        if plan.encoding(feature.name).num_ids is None:
+            ids = ids | st.sampled_from(EXTREMES) | st.integers(-(2**63), 2**63 - 1)
+        bag = st.lists(st.tuples(ids, weight), max_size=4)
+        content[feature.name] = draw(st.lists(bag, min_size=size, max_size=size))
+    return Bags(content)
+
+
+def tables_of(collection: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The physical tables as arrays, read through the public state dict."""
+    state = collection.state_dict()
+    return {key.removeprefix("lookup."): value.numpy() for key, value in state.items() if ".optimizer" not in key}
+
+
+def single_ids(feature_ids: dict[str, np.ndarray]) -> KeyedJaggedTensor:
+    """One-id bags; every feature must have the same number of ids."""
+    values = np.concatenate(list(feature_ids.values()))
+    return KeyedJaggedTensor(list(feature_ids), torch.from_numpy(values), lengths=torch.ones(len(values)).int())
