@@ -151,13 +151,26 @@ def fill(spaces: Sequence[Feature], budget: int | None, dim: int, method: str, c
             low, chosen = middle, tried
         else:
             high = middle
+    # Small spaces first: making them exact costs least. Where a large step is left over, large spaces first.
+    by_size = sorted(range(len(spaces)), key=lambda i: (dense[i], spaces[i].name))
+    first = _topped_up(chosen, by_size, spaces, budget, choose)
+    if sum(one.nbytes for one in first) >= 0.9 * budget:
+        return _merged(first)
+    second = _topped_up(chosen, by_size[::-1], spaces, budget, choose)
+    return _merged(max(first, second, key=lambda each: sum(one.nbytes for one in each)))
+
+
+def _topped_up(
+    chosen: Sequence[Solution], order: Sequence[int], spaces: Sequence[Feature], budget: int, choose: Choose
+) -> list[Solution]:
+    """Offers what is left of the budget to one space after the other."""
+    grown = list(chosen)
     left = budget - sum(one.nbytes for one in chosen)
-    # Small spaces first: making them exact costs least.
-    for i in sorted(range(len(spaces)), key=lambda i: (dense[i], spaces[i].name)):
-        larger = choose(spaces[i], chosen[i].nbytes + left)
-        left -= larger.nbytes - chosen[i].nbytes
-        chosen[i] = larger
-    return _merged(chosen)
+    for i in order:
+        larger = choose(spaces[i], grown[i].nbytes + left)
+        left -= larger.nbytes - grown[i].nbytes
+        grown[i] = larger
+    return grown
 
 
 def _merged(parts: Sequence[Solution]) -> Solution:

@@ -1,0 +1,146 @@
+"""Models written for torchrec's collections run on ours, unchanged."""
+
+import numpy as np
+import pytest
+import torch
+import torchrec
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import embtab as et
+
+FEATURES = [et.Feature("user", 500), et.Feature("shop", 60, pooling="mean"), et.Feature("item", 300)]
+
+
+def batch_of(size: int, seed: int) -> tuple[torch.Tensor, KeyedJaggedTensor, torch.Tensor]:
+    """Dense [B, 4], ids in bags of 0 to 3, and labels that depend on the first item of the bag and the dense part."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(0, 4, (3, size))
+    lengths[0] = 1
+    values = np.concatenate([random.integers(0, f.num_ids, n.sum()) for f, n in zip(FEATURES, lengths, strict=True)])
+    dense = torch.from_numpy(random.standard_normal((size, 4)).astype(np.float32))
+    users = torch.from_numpy(values[:size])
+    label = ((users % 2 == 0) ^ (dense[:, 0] > 1.5)).float()
+    names = [f.name for f in FEATURES]
+    return dense, KeyedJaggedTensor(names, torch.from_numpy(values), lengths=torch.from_numpy(lengths.ravel())), label
+
+
+@pytest.mark.parametrize("backend", ["torch", "fbgemm"])
+@pytest.mark.parametrize("method", ["dense", "unified", "qr"])
+def test_torchrec_dlrm_trains_on_our_tables(method: str, backend: str) -> None:
+    torch.manual_seed(0)
+    tables = et.EmbeddingBagCollection(
+        et.plan(FEATURES, method, None if method == "dense" else "0.6x"),
+        backend=backend,
+        optimizer=et.Optimizer("adagrad", lr=0.05) if backend == "fbgemm" else None,
+        init_std=0.1,
+    )
+    model = DLRM(tables, dense_in_features=4, dense_arch_layer_sizes=[16, 16], over_arch_layer_sizes=[16, 1])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for step in range(120):
+        dense, sparse, label = batch_of(256, step)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(dense, sparse).squeeze(-1), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])
+
+
+def test_dense_bags_equal_torchrecs_own() -> None:
+    ours = et.EmbeddingBagCollection(et.plan(FEATURES), backend="torch")
+    kinds = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+    theirs = torchrec.EmbeddingBagCollection(
+        [
+            EmbeddingBagConfig(
+                name=f.name,
+                embedding_dim=16,
+                num_embeddings=f.num_ids,
+                feature_names=[f.name],
+                pooling=kinds[f.pooling],
+            )
+            for f in FEATURES
+        ]
+    )
+    theirs.load_state_dict(
+        {f"embedding_bags.{name.removeprefix('lookup.')}.weight": w for name, w in ours.state_dict().items()}
+    )
+    sparse = batch_of(64, 0)[1]
+    assert ours(sparse).keys() == theirs(sparse).keys()
+    torch.testing.assert_close(ours(sparse).values(), theirs(sparse).values())
+    assert [c.feature_names for c in ours.embedding_bag_configs()] == [
+        c.feature_names for c in theirs.embedding_bag_configs()
+    ]
+
+
+def test_sequences_equal_torchrecs_own() -> None:
+    features = [et.Feature("target", 300, id_space="item_ids"), et.Feature("history", 300, "none", id_space="item_ids")]
+    ours = et.EmbeddingCollection(et.plan(features), backend="torch")
+    config = EmbeddingConfig(name="item_ids", embedding_dim=16, num_embeddings=300, feature_names=["target", "history"])
+    theirs = torchrec.EmbeddingCollection([config])
+    theirs.load_state_dict({"embeddings.item_ids.weight": ours.state_dict()["lookup.item_ids"]})
+    sparse = KeyedJaggedTensor(
+        ["history", "target"], torch.tensor([5, 6, 6, 299, 0, 1, 2]), lengths=torch.tensor([3, 0, 1, 1, 1, 1])
+    )
+    got, expected = ours(sparse), theirs(sparse)
+    for name in ("target", "history"):
+        torch.testing.assert_close(got[name].values(), expected[name].values())
+        assert torch.equal(got[name].lengths(), expected[name].lengths())
+
+
+def test_any_torch_optimizer_trains_the_torch_backend() -> None:
+    tables = et.EmbeddingBagCollection(et.plan(FEATURES, "unified", "0.5x"), backend="torch")
+    before = {k: v.clone() for k, v in tables.state_dict().items()}
+    optimizer = torch.optim.AdamW(tables.parameters(), lr=0.1)
+    tables(batch_of(32, 0)[1]).values().square().sum().backward()
+    optimizer.step()
+    assert any(not torch.equal(before[k], v) for k, v in tables.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda plan: et.EmbeddingBagCollection(plan, backend="cuda"), "unknown lookup backend 'cuda'"),
+        (
+            lambda plan: et.EmbeddingBagCollection(plan, backend="torch", optimizer=et.Optimizer()),
+            "torch backend has no optimizer",
+        ),
+        (lambda plan: et.Optimizer("adam"), "must be one of sgd, adagrad, rowwise_adagrad"),
+        (
+            lambda plan: et.EmbeddingBagCollection(et.plan([et.Feature("h", 3, "none")])),
+            "feature 'h' has pooling 'none'; use EmbeddingCollection",
+        ),
+        (
+            lambda plan: et.EmbeddingBagCollection(plan)(
+                KeyedJaggedTensor(["user"], torch.tensor([1]), lengths=torch.tensor([1]))
+            ),
+            "feature 'shop' of the plan is not in the batch; it has user",
+        ),
+    ],
+)
+def test_mistakes_are_named(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(et.plan(FEATURES))
+
+
+def test_fused_state_survives_a_save() -> None:
+    """Training on after a reload equals training through: tables and second moments both come back."""
+    plan = et.plan(FEATURES, "hash", "0.5x")
+
+    def step(tables: et.EmbeddingBagCollection, seed: int) -> None:
+        tables(batch_of(64, seed)[1]).values().square().sum().backward()
+
+    through = et.EmbeddingBagCollection(plan, optimizer=et.Optimizer("rowwise_adagrad", lr=0.1))
+    first = et.EmbeddingBagCollection(plan, optimizer=et.Optimizer("rowwise_adagrad", lr=0.1))
+    first.load_state_dict(through.state_dict())
+    for seed in range(3):
+        step(through, seed)
+    for seed in range(2):
+        step(first, seed)
+    second = et.EmbeddingBagCollection(plan, optimizer=et.Optimizer("rowwise_adagrad", lr=0.1))
+    second.load_state_dict(first.state_dict())
+    step(second, 2)
+    for name, value in through.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name

@@ -1,0 +1,163 @@
+"""Budgets are never exceeded and well used; requests that make no sense are refused in one line."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from laws import CASES, Case
+
+import embtab as et
+from embtab.errors import UserError
+
+CRITEO = [
+    *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194),
+    *(27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
+]
+criteo_features = [et.Feature(f"C{i}", n) for i, n in enumerate(CRITEO, start=1)]
+SIMPLE = [case for case in CASES if case.name != "mixed"]
+
+
+@pytest.mark.parametrize("case", SIMPLE, ids=lambda case: case.name)
+@settings(max_examples=100)
+@given(
+    cardinalities=st.lists(st.integers(1, 10) | st.integers(1, 10**7), min_size=1, max_size=12),
+    dim=st.sampled_from([4, 8, 16, 64]),
+    share=st.floats(1e-4, 1.5),
+)
+def test_no_plan_exceeds_its_budget(case: Case, cardinalities: list[int], dim: int, share: float) -> None:
+    features = [et.Feature(f"f{i}", n) for i, n in enumerate(cardinalities)]
+    dense = sum(cardinalities) * dim * 4
+    budget = max(int(share * dense), 1)
+    try:
+        plan = et.plan(features, case.method, budget, dim)
+    except et.InfeasibleBudget as error:
+        assert error.min_bytes > budget
+        assert et.plan(features, case.method, error.min_bytes, dim).nbytes <= error.min_bytes
+        with pytest.raises(et.InfeasibleBudget):
+            et.plan(features, case.method, error.min_bytes - 1, dim)
+        return
+    assert plan.nbytes <= budget
+    assert plan.nbytes == sum(table.num_rows * table.width * 4 for table in plan.tables.values())
+    if dense <= budget:
+        assert plan.nbytes == dense
+    elif case.name.startswith(("hash", "unified")) and budget >= 50 * dim * 4 * len(features):
+        assert plan.nbytes >= 0.9 * budget
+
+
+@settings(max_examples=60)
+@given(
+    methods=st.lists(st.sampled_from(["dense", "hash", "unified", "qr"]), min_size=4, max_size=4),
+    share=st.floats(0.001, 1.2),
+)
+def test_mixtures_keep_the_budget_too(methods: list[str], share: float) -> None:
+    sizes = [5, 300, 20_000, 700_000]
+    features = [et.Feature(f"f{i}", n) for i, n in enumerate(sizes)]
+    budget = int(share * sum(sizes) * 64)
+    assume(budget > 0)
+    try:
+        plan = et.plan(features, {f"f{i}": m for i, m in enumerate(methods)}, budget)
+    except et.InfeasibleBudget as error:
+        assert error.min_bytes > budget
+        return
+    assert plan.nbytes <= budget
+    assert all(plan.encoding(f"f{i}").method in (m, "dense") for i, m in enumerate(methods))
+
+
+@pytest.mark.parametrize("method", ["hash", "unified", "qr", {"name": "qr", "op": "concat"}])
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.02])
+def test_budgets_are_used_on_the_criteo_cardinalities(method: object, share: float) -> None:
+    plan = et.plan(criteo_features, method, f"{share}x")
+    assert plan.budget == int(share * 33_762_577 * 64)
+    assert 0.9 * plan.budget <= plan.nbytes <= plan.budget
+
+
+def test_features_that_would_not_shrink_stay_dense() -> None:
+    plan = et.plan(criteo_features, "qr", "0.1x")
+    assert plan.encoding("C9").method == "dense"  # three ids
+    assert plan.encoding("C3").method == "qr"
+
+
+def test_qr_reaches_two_square_roots_and_says_so_when_asked_for_less() -> None:
+    million = [et.Feature("f", 10**6)]
+    smallest = 2000 * 16 * 4
+    assert et.plan(million, {"name": "qr", "op": "sum"}, smallest).nbytes == smallest
+    with pytest.raises(et.InfeasibleBudget, match="needs 128 kB") as caught:
+        et.plan(million, {"name": "qr", "op": "sum"}, smallest - 1)
+    assert caught.value.min_bytes == smallest
+    assert isinstance(caught.value, ValueError)
+
+
+def test_renaming_or_reordering_other_features_moves_no_hash() -> None:
+    a, b, c = et.Feature("a", 1000), et.Feature("b", 2000), et.Feature("c", 2000)
+    one = et.plan([a, b], "unified", 20_000).encoding("b")
+    two = et.plan([c, b, a], "unified", 20_000).encoding("b")
+    assert one == two
+
+
+def test_description_names_every_feature_and_the_total() -> None:
+    text = et.plan(criteo_features, "unified", "8MB").describe()
+    assert all(f"C{i} " in text for i in range(1, 27))
+    assert "budget 8 MB" in text
+    assert "@unified8: 8 MB" in text
+
+
+a, b = et.Feature("a", 10), et.Feature("b", 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "hsah"}, "unknown method 'hsah'; there are dense, hash"),
+        ({"method": {"name": "qr", "opp": "sum"}}, "method 'qr' has no option 'opp'; it has op"),
+        ({"method": {"name": "qr", "op": "max"}, "budget": "0.5x"}, "op must be one of concat, sum, product"),
+        ({"method": "unified", "chunks": 3, "budget": "0.5x"}, "chunks must divide dim; got chunks=3, dim=16"),
+        ({"method": {"a": "hash"}}, "says nothing of feature 'b'"),
+        ({"method": {"x": "hash", "*": "qr"}}, "names a feature 'x' that is not there"),
+        ({"method": {"*": "qr"}, "op": "sum"}, "options op need one method"),
+        ({"budget": 0}, "budget 0 is 0 bytes; it must be above zero"),
+        ({"budget": -5}, "must be above zero"),
+        ({"budget": "8 apples"}, "budget '8 apples' is not a size"),
+        ({"budget": float("nan")}, "is not a size"),
+        ({"dim": 0}, "dim must be a positive whole number"),
+        ({"features": []}, "needs at least one feature"),
+        ({"features": [a, a]}, "feature 'a' is listed twice"),
+        ({"features": [et.Feature("a", 10, id_space="s"), et.Feature("b", 11, id_space="s")]}, "need equal num_ids"),
+    ],
+)
+def test_requests_that_make_no_sense(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        et.plan(**{"features": [a, b], "method": "dense", **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", 3), "needs a name"),
+        (("a", 0), "num_ids must be a positive whole number"),
+        (("a", 2.5), "num_ids must be a positive whole number"),
+        (("a", 3, "max"), "pooling must be one of"),
+        (("a", 3, "sum", np.ones(4)), r"counts must have shape \(3,\)"),
+    ],
+)
+def test_features_that_make_no_sense(arguments: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        et.Feature(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [
+        ("8MB", 8_000_000),
+        ("8MiB", 8_388_608),
+        ("1.5 kB", 1500),
+        ("1_000", 1000),
+        ("0.1x", 10),
+        (12.0, 12),
+        ("2gb", 2e9),
+    ],
+)
+def test_sizes(size: object, nbytes: int) -> None:
+    from embtab.sizes import parse_bytes
+
+    assert parse_bytes(size, dense_bytes=100) == nbytes
