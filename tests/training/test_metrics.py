@@ -92,6 +92,7 @@ def test_evaluate_names_every_metric():
     assert with_users["auc"] == metrics.auc(labels, logits) == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_no_rows_and_one_class_are_nan():
     assert all(math.isnan(value) for value in metrics.evaluate([], [], []).values())
     assert math.isnan(metrics.auc([1, 1], [0.0, 1.0]))

@@ -1,0 +1,76 @@
+"""What embtab keeps in a checkpoint beside Lightning's own entries, and how it is read: plain types, never pickle."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embtab.collections import EmbeddingBagCollection
+from embtab.errors import UserError
+from embtab.planning import Plan
+
+_PACKAGES = ("embtab", "torch", "fbgemm-gpu", "torchrec", "lightning")
+_TABLES = "tables."
+
+
+def description(plan: Plan | None, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's "embtab" entry: plan, facts about the run, versions and the state of the random generator."""
+    return {
+        "format": 1,
+        "plan": None if plan is None else plan.to_dict(),
+        "about": dict(about),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "random_state": torch.get_rng_state(),
+    }
+
+
+def described(checkpoint: Mapping[str, Any], path: str | Path = "checkpoint") -> dict[str, Any]:
+    """The "embtab" entry of a loaded checkpoint.
+
+    Raises:
+        UserError: when there is none, or it comes from a newer version.
+    """
+    entry = checkpoint.get("embtab")
+    if not isinstance(entry, dict) or entry.get("format") != 1:
+        raise UserError(f"{path}: not a checkpoint that this embtab wrote; give one made by `embtab fit`")
+    return entry
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors left on disk until they are used.
+
+    Raises:
+        UserError: when the file is absent, damaged or not made by embtab.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{path}: damaged, or not a checkpoint made by `embtab fit`") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: not a checkpoint made by `embtab fit`")
+    described(checkpoint, path)
+    return checkpoint
+
+
+def load_tables(path: str | Path, backend: str = "torch") -> EmbeddingBagCollection:
+    """The trained tables of a checkpoint.
+
+    Raises:
+        UserError: when the checkpoint cannot be read, or was made without a plan.
+    """
+    checkpoint = read_checkpoint(path)
+    plan = described(checkpoint, path)["plan"]
+    if plan is None:
+        raise UserError(f"{path}: its tables were not made from a plan, so they cannot be rebuilt here")
+    tables = EmbeddingBagCollection(Plan.from_dict(plan), backend=backend)
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    tables.load_state_dict({key[len(_TABLES) :]: value for key, value in state.items() if key.startswith(_TABLES)})
+    return tables

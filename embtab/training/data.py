@@ -1,0 +1,138 @@
+"""A prepared dataset as Lightning wants it; training resumes in the middle of an epoch where it was left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from embtab.datasets.reader import Batch, ParquetBatches
+from embtab.datasets.schema import Dataset
+from embtab.errors import UserError
+from embtab.features import Feature, read_features
+
+
+class DataModule(L.LightningDataModule):
+    """Batches of a folder made by `embtab prepare`.
+
+    Args:
+        path: the folder.
+        batch_size: rows per batch and process.
+        seed: of the shuffle of the training split.
+        num_workers: processes that read; 0 reads with a thread of this one.
+
+    Attributes:
+        dataset: the folder's description.
+        features: its features, with counts.
+
+    Raises:
+        DataError: when the folder is no prepared dataset.
+    """
+
+    def __init__(self, path: str, batch_size: int = 4096, seed: int = 0, num_workers: int = 0):
+        super().__init__()
+        if num_workers < 0:
+            raise UserError(f"num_workers must be 0 or more, got {num_workers}")
+        self.path = Path(path)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.dataset: Dataset = Dataset.load(self.path)
+        self.features: list[Feature] = read_features(self.path)
+        self._training: Epochs | None = None
+        self._resume_from: dict[str, Any] = {}
+
+    def train_dataloader(self) -> Epochs:
+        """The training split, shuffled anew each epoch."""
+        self._training = Epochs(self._loader("train", shuffle=True), self._batches_per_epoch)
+        if self._resume_from:
+            self._training.load_state_dict(self._resume_from)
+            self._resume_from = {}
+        return self._training
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the data. (Lightning also keeps the loader's state, but drops it at epoch ends.)"""
+        return {} if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Makes the next training loader continue there."""
+        self._resume_from = state_dict
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation split in order."""
+        return self._loader("valid")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The test split in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test split in order."""
+        return self._loader("test")
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
+        batches = ParquetBatches(self.path, split, self.batch_size, shuffle=shuffle, seed=self.seed)
+        # A generator of its own, so that starting an epoch draws nothing from the global one: a resumed run starts
+        # its loaders at other moments, and must see the same random numbers all the same.
+        return DataLoader(batches, batch_size=None, num_workers=self.num_workers, generator=torch.Generator())
+
+    def _batches_per_epoch(self) -> float:
+        """How many training batches the Trainer takes from an epoch; fewer than there are with limit_train_batches."""
+        return float("inf") if self.trainer is None else self.trainer.num_training_batches
+
+
+class Epochs:
+    """One epoch of batches after another, each shuffled in its own way; it knows where it stands.
+
+    Args:
+        loader: a DataLoader over `ParquetBatches`.
+        per_epoch: tells after how many batches the consumer considers an epoch finished.
+    """
+
+    def __init__(self, loader: DataLoader[Batch], per_epoch: Callable[[], float]):
+        self.loader = loader
+        self.batches: ParquetBatches = loader.dataset  # type: ignore[assignment]
+        self.per_epoch = per_epoch
+        self.epoch = 0
+        self.taken = 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The next epoch, or the rest of the one that `load_state_dict` set."""
+        if self.taken and not self._resumed:
+            self.epoch, self.taken = self.epoch + 1, 0
+        self.batches.set_epoch(self.epoch)
+        self.batches.load_state_dict(self.batches.state_dict() | {"batch": self.taken})
+        return self._count(iter(self.loader))
+
+    def _count(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.taken += 1  # before the consumer sees it: a state taken while it holds batch n says n + 1
+            self._resumed = False
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the batches taken from it, and what identifies the stream."""
+        return self.batches.state_dict() | self._place()
+
+    def _place(self) -> dict[str, int]:
+        if self.taken >= min(len(self), self.per_epoch()):
+            return {"epoch": self.epoch + 1, "batch": 0}
+        return {"epoch": self.epoch, "batch": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at a state.
+
+        Raises:
+            UserError: when it belongs to other data, another batch size, seed or number of processes.
+        """
+        self.batches.load_state_dict(state)
+        self.epoch, self.taken, self._resumed = state["epoch"], state["batch"], True

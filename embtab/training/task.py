@@ -1,0 +1,199 @@
+"""What is learnt: click probability from embeddings and numeric values, by binary cross entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from embtab.collections import EmbeddingBagCollection
+from embtab.datasets.reader import Batch
+from embtab.datasets.schema import Dataset
+from embtab.errors import UserError
+from embtab.features import read_features
+from embtab.lookup import Optimizer
+from embtab.models.autoint import AutoInt
+from embtab.planning import Plan, plan
+from embtab.training import metrics
+from embtab.training.checkpoint import described, description
+
+Rows = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64] | None]
+"""Logits, labels and users of some rows."""
+
+
+class RankingTask(L.LightningModule):
+    """Trains embedding tables and a ranker together; measures AUC, log loss, normalised entropy and calibration.
+
+    The dense parameters are trained by Adam; tables whose optimizer is fused into backward update themselves.
+    (The Trainer's gradient clipping does not reach fused tables.)
+
+    Args:
+        tables: a module KeyedJaggedTensor -> KeyedTensor, such as `EmbeddingBagCollection` or torchrec's.
+        model: a module (dense [B, N], embeddings [B, C, D]) -> logits [B].
+        lr: Adam's learning rate for the dense parameters.
+        weight_decay: Adam's weight decay for them.
+    """
+
+    def __init__(self, tables: nn.Module, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0):
+        super().__init__()
+        self.tables = tables
+        self.model = model
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.about: dict[str, Any] = {}
+        """More about this run for the checkpoint; plain JSON types only."""
+        self._seen: list[Rows] = []
+        self._random_state: Tensor | None = None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [B] of a click."""
+        names = batch.sparse.keys()
+        pooled = self.tables(batch.sparse)
+        # By name, since a sharded collection may answer in another order.
+        vectors = pooled.values() if pooled.keys() == names else torch.cat([pooled[name] for name in names], dim=1)
+        logits: Tensor = self.model(batch.dense, vectors.unflatten(1, (len(names), -1)))
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean binary cross entropy of a batch, in nats.
+
+        Raises:
+            UserError: when it is not finite.
+        """
+        loss = F.binary_cross_entropy_with_logits(self(batch), batch.label)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); "
+                "lower lr or table_lr, or look for huge values in the dense columns"
+            )
+        self.log("train/loss", loss, batch_size=len(batch))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam for every parameter; fused tables are none, they update themselves."""
+        return torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keeps logits, labels and users for the end of the epoch."""
+        self._keep(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keeps logits, labels and users for the end of the epoch."""
+        self._keep(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Probabilities [B] of a click."""
+        return torch.sigmoid(self._evaluated(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs val/auc, val/logloss, val/ne, val/calibration, and val/gauc where the data names users."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs test/auc, test/logloss, test/ne, test/calibration, and test/gauc where the data names users."""
+        self._log_metrics("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the entry "embtab": the plan, `about`, versions and the random state, all as plain types."""
+        checkpoint["embtab"] = description(self._plan(), self.about)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint was made with the same plan.
+
+        Raises:
+            UserError: when it was not, or is not a checkpoint of this task.
+        """
+        entry = described(checkpoint)
+        mine = self._plan()
+        if mine is not None and entry["plan"] != mine.to_dict():
+            raise UserError(
+                "the checkpoint was made with another plan than this configuration gives (features, method, budget, "
+                "dim or seed differ); use the configuration it was made with"
+            )
+        self._random_state = entry["random_state"]
+
+    def on_train_start(self) -> None:
+        """Continues the random numbers (of dropout) where a resumed run had left them."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state.cpu())
+            self._random_state = None
+
+    def _plan(self) -> Plan | None:
+        found = getattr(self.tables, "plan", None)
+        return found if isinstance(found, Plan) else None
+
+    def _evaluated(self, batch: Batch) -> Tensor:
+        # The Trainer evaluates in inference mode, which fbgemm's training kernels refuse.
+        with torch.inference_mode(False), torch.no_grad():
+            logits: Tensor = self(batch)
+        return logits
+
+    def _keep(self, batch: Batch) -> None:
+        users = None if batch.user is None else batch.user.cpu().numpy()
+        self._seen.append((self._evaluated(batch).float().cpu().numpy(), batch.label.cpu().numpy(), users))
+
+    def _log_metrics(self, stage: str) -> None:
+        seen = gathered(self._seen)
+        self._seen = []
+        logits, labels = (np.concatenate([rows[i] for rows in seen]) for i in (0, 1))
+        users = [rows[2] for rows in seen if rows[2] is not None]
+        found = metrics.evaluate(labels, logits, np.concatenate(users) if users else None)
+        self.log_dict({f"{stage}/{name}": value for name, value in found.items()})
+
+
+class FitTask(RankingTask):
+    """A `RankingTask` made from a prepared dataset and plain settings, for configuration files.
+
+    Args:
+        data: the prepared dataset's folder; its features are planned.
+        method: how tables are compressed: a name of `embtab.METHODS`, or what else `embtab.plan` takes.
+        budget: serving bytes, such as "8MB" or "0.1x" (of the dense tables); no limit if null.
+        dim: width of every embedding.
+        seed: of the hashes.
+        backend: "fbgemm" trains tables inside backward by `table_optimizer`; "torch" trains them by Adam at `lr`.
+        table_optimizer: "rowwise_adagrad", "adagrad" or "sgd"; for the fbgemm backend.
+        table_lr: its learning rate.
+        lr: Adam's learning rate for the ranker and the tables' dense parts.
+        weight_decay: Adam's weight decay.
+        model: the ranker, made from (number of dense columns, number of features, dim).
+
+    Raises:
+        UserError: for settings that fit neither each other nor the data.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        method: str | dict[str, Any] = "dense",
+        budget: int | str | None = None,
+        dim: int = 16,
+        seed: int = 0,
+        backend: str = "fbgemm",
+        table_optimizer: str = "rowwise_adagrad",
+        table_lr: float = 0.05,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        model: Callable[[int, int, int], nn.Module] = AutoInt,
+    ):
+        dataset = Dataset.load(data)
+        planned = plan(read_features(data), method, budget, dim, seed)
+        optimizer = Optimizer(table_optimizer, table_lr) if backend == "fbgemm" else None
+        tables = EmbeddingBagCollection(planned, backend, optimizer)
+        super().__init__(tables, model(len(dataset.dense), len(dataset.features), dim), lr, weight_decay)
+        self.about = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "dense": list(dataset.dense)}
+
+
+def gathered(rows: list[Any]) -> list[Any]:
+    """The rows of all ranks, in rank order, on every rank; the list itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, rows)
+    return [row for part in by_rank for row in part]
