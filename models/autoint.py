@@ -66,7 +66,8 @@ class InteractingLayer(nn.Module):
         return out
 
     def _heads(self, x_bfd: Tensor) -> Tensor:
-        return x_bfd.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        x_bfhw: Tensor = x_bfd.unflatten(-1, (self.num_heads, -1))
+        return x_bfhw.transpose(1, 2)
 
 
 class AutoInt(nn.Module):

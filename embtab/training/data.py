@@ -35,6 +35,8 @@ class DataModule(L.LightningDataModule):
 
     def __init__(self, path: str, batch_size: int = 4096, seed: int = 0, num_workers: int = 0):
         super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, got {num_workers}")
         self.path = Path(path)

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from embtab.datasets.schema import Categorical, Dataset, describe_files, open_writer
 
 ROWS = {"train": 2_000, "valid": 1_000, "test": 1_000}

@@ -9,15 +9,15 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from embtab.datasets.reader import ParquetBatches
-from embtab.models import AutoInt
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torchrec import EmbeddingBagCollection as TorchrecCollection
 from torchrec import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
+from embtab.datasets.reader import ParquetBatches
 from embtab.errors import UserError
+from embtab.models import AutoInt
 from embtab.training import metrics
 from embtab.training.checkpoint import load_tables, read_checkpoint
 from embtab.training.data import DataModule
@@ -123,6 +123,18 @@ def test_resumes_exactly_from_the_end_of_an_epoch(toy, tmp_path, limit, on_train
         resumed, DataModule(str(toy), BATCH), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True
     )
     same(whole.state_dict(), resumed.state_dict())
+
+
+def test_a_run_stopped_by_max_steps_goes_on_exactly(toy, tmp_path):
+    def run(max_steps, **options):
+        learner = task(toy)
+        runner = trainer(tmp_path, max_steps=max_steps, max_epochs=-1)
+        runner.fit(learner, DataModule(str(toy), BATCH), **options)
+        runner.save_checkpoint(tmp_path / f"{max_steps}.ckpt")
+        return learner
+
+    run(9)
+    same(run(20).state_dict(), run(20, ckpt_path=tmp_path / "9.ckpt", weights_only=True).state_dict())
 
 
 def test_reading_processes_resume_exactly_too(toy, tmp_path):

@@ -1,0 +1,163 @@
+"""`embtab fit | validate | test | predict`: LightningCLI with embtab's task and data, errors of one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from embtab.errors import UserError
+from embtab.training.checkpoint import read_checkpoint
+from embtab.training.data import DataModule
+from embtab.training.progress import Progress
+from embtab.training.task import FitTask
+
+_COMMANDS = ("fit", "validate", "test", "predict")
+_DEFAULTS = {
+    "max_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "fit"}},
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one of the commands; `argv` starts with its name.
+
+    Raises:
+        UserError: with one line that says which setting, option or file is wrong.
+    """
+    _quieten()
+    try:
+        FitCLI(list(argv))
+    except UserError:
+        raise
+    except (ArgumentError, MisconfigurationException) as error:
+        raise UserError(_one_line(error)) from error
+
+
+class FitCLI(LightningCLI):
+    """Reads configuration files and options, then runs the command."""
+
+    def __init__(self, argv: list[str]):
+        strict = {"exit_on_error": False}
+        super().__init__(
+            FitTask,
+            DataModule,
+            trainer_defaults=_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={**strict, **{command: dict(strict) for command in _COMMANDS}},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=argv,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and those arguments of the Trainer's methods that are not the user's to set."""
+        return {command: skipped | {"weights_only"} for command, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One path for data and task; how often a run can be resumed from."""
+        parser.link_arguments("data.path", "model.data")
+        parser.add_argument(
+            "--save_every",
+            type=PositiveInt | None,
+            default=None,
+            help="Write last.ckpt every this many training steps too, not only at the end of an epoch.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and checks the checkpoint before anything is built."""
+        super().parse_arguments(parser, args)
+        command = self.config["subcommand"]
+        path = self.config[command].get("ckpt_path")
+        if path is not None:
+            read_checkpoint(path)
+        elif command != "fit":
+            raise UserError(f"{command} needs a trained model: --ckpt_path runs/.../checkpoints/NAME.ckpt")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The configured Trainer with our progress and checkpoints added to its callbacks."""
+        self.trainer_defaults = {**_DEFAULTS, "callbacks": self._callbacks()}
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"trainer: {_one_line(error)}") from error
+
+    def _callbacks(self) -> list[Callback]:
+        trainer = self._get(self.config_init, "trainer")
+        added: list[Callback] = [] if trainer["enable_progress_bar"] is False else [Progress()]
+        if self.subcommand != "fit" or trainer["enable_checkpointing"] is False or trainer["fast_dev_run"]:
+            return added
+        if trainer["limit_val_batches"] != 0:
+            name = "best-step{step}"
+            added.append(ModelCheckpoint(monitor="val/auc", mode="max", filename=name, auto_insert_metric_name=False))
+        last: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
+        added.append(ModelCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True, **last))
+        steps = self._get(self.config_init, "save_every")
+        if steps is not None:
+            added.append(ModelCheckpoint(every_n_train_steps=steps, **last))
+        return added
+
+    def fit(self, **kwargs: Any) -> None:
+        """Trains; with --ckpt_path exactly from where that run had come."""
+        print(self.model._plan().describe(), file=sys.stderr)
+        self.trainer.fit(weights_only=True, **kwargs)
+        if self.trainer.is_global_zero:
+            print(f"run: {self.trainer.log_dir}", file=sys.stderr)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measures a checkpoint on the validation split."""
+        self.trainer.validate(weights_only=True, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Measures a checkpoint on the test split."""
+        self.trainer.test(weights_only=True, **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Writes a probability for each row of the test split, in its order, to predictions.parquet."""
+        kwargs["return_predictions"] = True
+        batches = self.trainer.predict(weights_only=True, **kwargs)
+        target = Path(self.trainer.log_dir or ".") / "predictions.parquet"
+        beside = target.with_suffix(f".{os.getpid()}.tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"probability": torch.cat(batches).numpy()}), beside)
+        os.replace(beside, target)
+        print(f"predictions: {target}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    """The message without what it says about Python types and whole settings that hold the wrong one."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"Type \S*Callable\[.*\] expects a function or a callable class: ", "", text)
+    return re.sub(r"\.? Got value: Namespace\(.*", "", text)
+
+
+def _quieten() -> None:
+    """Lightning's tips and hints that do not apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__`")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="The number of training batches")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
