@@ -38,7 +38,7 @@ lint: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/embtab prepare synthetic --out data/demo --rows 200000 --scale 0.002 --seed 0 --if-absent
-	$(BIN)/embtab compare --config configs/compare_demo.yaml --out report/demo
+	$(BIN)/embtab compare --config configs/compare_demo.yaml --out report/demo --jobs $$(nproc)
 
 clean:
 	rm -rf .venv .typecheck build dist *.egg-info data/demo report/demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,3 +43,19 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(beside, path)  # an empty folder at `path` is replaced too
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process, so that two runs never write to one output; released by any kind of exit.
+
+    Raises:
+        UserError: when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is writing here; wait for it or choose another --out") from None
+        yield

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from embtab.errors import InfeasibleBudget, UserError
@@ -281,4 +280,4 @@ def _assembled(
         for name in encoding.tables:
             if name not in by_name:
                 raise UserError(f"feature {space!r} reads a table {name!r} that the plan does not have")
-    return Plan(features, MappingProxyType(dict(encodings)), MappingProxyType(by_name), dim, seed, budget)
+    return Plan(features, dict(encodings), by_name, dim, seed, budget)

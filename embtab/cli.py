@@ -1,0 +1,256 @@
+"""The command line. Heavy imports wait until a command needs them: `embtab --help` answers at once.
+
+A mistake of the user is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from embtab import __version__
+from embtab.errors import UserError
+
+TRAINING = {
+    "fit": "train a ranker and its tables from a configuration (LightningCLI)",
+    "validate": "measure a checkpoint on the validation split",
+    "test": "measure a checkpoint on the test split",
+    "predict": "write a checkpoint's predictions for the test split",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2 and points to the help."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    # Threads that spin while they wait make fbgemm ten times slower on a machine that is shared (measured).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        if given and given[0] in TRAINING:
+            from embtab.training.cli import main as train
+
+            train(given)
+        else:
+            arguments = build_parser().parse_args(given)
+            arguments.run(arguments)
+    except UserError as error:
+        print(f"embtab: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("embtab: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command but the training ones, which are LightningCLI's."""
+    parser = Parser(prog="embtab", description="Embedding tables that fit a byte budget.")
+    parser.add_argument("--version", action="version", version=f"embtab {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    _add_prepare(commands.add_parser("prepare", help="turn raw files into a dataset folder of Parquet"))
+    _add_check_data(commands.add_parser("check-data", help="say what is wrong in a dataset folder, and where"))
+    _add_plan(commands.add_parser("plan", help="show the tables that fit a byte budget"))
+    for name, text in TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False)
+    _add_compare(commands.add_parser("compare", help="compare methods at equal bytes: methods x budgets x seeds"))
+    return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="datasets", metavar="DATASET", required=True, parser_class=Parser)
+
+    criteo = kinds.add_parser("criteo", help="Criteo display advertising: tab-separated, plain or .gz, in time order")
+    criteo.add_argument("raw", type=Path, nargs="+", metavar="RAW", help="files in time order, or a folder of them")
+    criteo.add_argument("--min-count", type=int, default=2, help="rarer values share id 0 (default %(default)s)")
+    criteo.add_argument(
+        "--dense-transform",
+        default="log",
+        choices=("log", "log1p", "none"),
+        help="of I1..I13 (default %(default)s: ln(x)^2 above 2)",
+    )
+    _add_shares(criteo, 0.1, 0.1)
+    criteo.set_defaults(run=_prepare_criteo)
+
+    movielens = kinds.add_parser("movielens", help="ml-100k ratings in time order, or ml-1m pairs with drawn negatives")
+    movielens.add_argument("raw", type=Path, metavar="RAW", help="the folder of the raw files")
+    movielens.add_argument("--negatives", type=int, default=1, help="per pair of ml-1m (default %(default)s)")
+    movielens.add_argument("--seed", type=int, default=0, help="of negatives and split (default %(default)s)")
+    _add_shares(movielens, 0.1, 0.2)
+    movielens.set_defaults(run=_prepare_movielens)
+
+    frappe = kinds.add_parser("frappe", help="Frappe app usage, libsvm files")
+    frappe.add_argument("raw", type=Path, metavar="RAW", help="the folder of the raw files")
+    frappe.set_defaults(run=_prepare_frappe)
+
+    synthetic = kinds.add_parser("synthetic", help="Criteo-shaped data of any size whose best possible AUC is known")
+    synthetic.add_argument("--rows", type=int, default=1_000_000, help="(default %(default)s)")
+    synthetic.add_argument(
+        "--scale", type=float, default=1.0, help="times Criteo's cardinalities (default %(default)s)"
+    )
+    synthetic.add_argument("--multi", type=int, default=0, help="features that hold several ids (default %(default)s)")
+    synthetic.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    _add_shares(synthetic, 0.1, 0.1)
+    synthetic.set_defaults(run=_prepare_synthetic)
+
+    for kind in (criteo, movielens, frappe, synthetic):
+        kind.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset folder to make")
+        kind.add_argument("--if-absent", action="store_true", help="do nothing where DIR is a dataset already")
+
+
+def _add_shares(parser: argparse.ArgumentParser, valid: float, test: float) -> None:
+    parser.add_argument("--valid", type=float, default=valid, help="share of the rows (default %(default)s)")
+    parser.add_argument("--test", type=float, default=test, help="share of the rows (default %(default)s)")
+
+
+def _skipped(arguments: argparse.Namespace) -> bool:
+    """Whether the dataset is there already and that is fine."""
+    there = arguments.if_absent and (arguments.out / "dataset.json").exists()
+    if there:
+        print(f"{arguments.out}: already prepared", file=sys.stderr)
+    return there
+
+
+def _prepare_criteo(arguments: argparse.Namespace) -> None:
+    from embtab.datasets import criteo
+
+    if not _skipped(arguments):
+        dataset = criteo.prepare(
+            arguments.raw,
+            arguments.out,
+            min_count=arguments.min_count,
+            dense_transform=arguments.dense_transform,
+            valid=arguments.valid,
+            test=arguments.test,
+        )
+        _say_prepared(arguments.out, dataset)
+
+
+def _prepare_movielens(arguments: argparse.Namespace) -> None:
+    from embtab.datasets import movielens
+
+    if not _skipped(arguments):
+        dataset = movielens.prepare(
+            arguments.raw,
+            arguments.out,
+            negatives=arguments.negatives,
+            seed=arguments.seed,
+            valid=arguments.valid,
+            test=arguments.test,
+        )
+        _say_prepared(arguments.out, dataset)
+
+
+def _prepare_frappe(arguments: argparse.Namespace) -> None:
+    from embtab.datasets import frappe
+
+    if not _skipped(arguments):
+        _say_prepared(arguments.out, frappe.prepare(arguments.raw, arguments.out))
+
+
+def _prepare_synthetic(arguments: argparse.Namespace) -> None:
+    from embtab.datasets import synthetic
+
+    if not _skipped(arguments):
+        dataset = synthetic.prepare(
+            arguments.out,
+            rows=arguments.rows,
+            scale=arguments.scale,
+            multi=arguments.multi,
+            seed=arguments.seed,
+            valid=arguments.valid,
+            test=arguments.test,
+        )
+        _say_prepared(arguments.out, dataset)
+
+
+def _say_prepared(out: Path, dataset: object) -> None:
+    from embtab.datasets.schema import SPLITS, Dataset
+
+    assert isinstance(dataset, Dataset)
+    rows = ", ".join(f"{dataset.rows(split):,} {split}" for split in SPLITS)
+    ids = sum(column.num_ids for column in dataset.features)
+    best = f"; Bayes AUC {dataset.bayes['auc']:.4f}" if dataset.bayes else ""
+    print(f"{out}: {rows} rows, {len(dataset.features)} features with {ids:,} ids{best}")
+
+
+def _add_check_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a dataset folder")
+    parser.set_defaults(run=_check_data)
+
+
+def _check_data(arguments: argparse.Namespace) -> None:
+    from embtab.datasets.check import check
+
+    problems = check(arguments.dir)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UserError(f"{arguments.dir}: {len(problems)} problems found")
+    print(f"{arguments.dir}: no problems found")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a dataset folder")
+    parser.add_argument("--method", default="dense", help="name of a method (default %(default)s)")
+    parser.add_argument("--budget", help='serving bytes: 8000000, "8MB", "8MiB" or "0.1x" of the dense tables')
+    parser.add_argument("--dim", type=int, default=16, help="width of every embedding (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the hashes (default %(default)s)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, such as op=sum; repeatable"
+    )
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from embtab.features import read_features
+    from embtab.planning import plan
+
+    options = dict(_option(text) for text in arguments.option)
+    features = read_features(arguments.dir)
+    print(plan(features, arguments.method, arguments.budget, arguments.dim, arguments.seed, **options).describe())
+
+
+def _option(text: str) -> tuple[str, int | float | str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UserError(f"--option {text!r}: write KEY=VALUE, such as op=sum")
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="what to compare")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.csv and report.md; resumes")
+    parser.add_argument("--data", help="a dataset folder, in place of the configuration's")
+    parser.add_argument("--seeds", help="such as 0,1,2, in place of the configuration's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default %(default)s)")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from embtab.compare.run import compare
+    from embtab.compare.sweep import read_sweep
+
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
+    try:
+        seeds = None if arguments.seeds is None else [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {arguments.seeds!r}: write whole numbers, such as 0,1,2") from None
+    sweep = read_sweep(arguments.config, data=arguments.data, seeds=seeds)
+    print(compare(sweep, arguments.out, arguments.jobs))
+    print(f"{arguments.out}/report.md and {arguments.out}/results.csv", file=sys.stderr)

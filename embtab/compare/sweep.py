@@ -1,0 +1,153 @@
+"""What is compared: methods x budgets x seeds on one dataset with one ranker, read from a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from embtab.errors import UserError
+from embtab.planning import MethodSpec, Plan
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The settings of a comparison; every field may stand in the YAML file."""
+
+    data: str
+    """A folder made by `embtab prepare`."""
+    methods: tuple[MethodSpec, ...]
+    """Names of methods, or maps such as {name: qr, op: sum}. `dense` is run once a seed, without a budget."""
+    budgets: tuple[int | str, ...]
+    """Serving bytes: 8_000_000, "8MB", or "0.1x" of the dense tables."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seeds hashes, initial weights and the shuffle; every method gets the same ones."""
+    dim: int = 16
+    """Width of every embedding."""
+    model: Mapping[str, Any] = field(default_factory=lambda: {"name": "AutoInt"})
+    """The ranker: `name` of a class of embtab.models, and its options."""
+    epochs: int = 1
+    """At most; training stops after an epoch that is worse on the validation split than `patience` before it."""
+    patience: int = 1
+    batch_size: int = 4096
+    lr: float = 1e-3
+    """Adam's learning rate for the ranker."""
+    weight_decay: float = 0.0
+    """Adam's weight decay for the ranker."""
+    table_optimizer: str = "rowwise_adagrad"
+    table_lr: float = 0.05
+    init_std: float = 0.01
+    """Standard deviation of the entries of every embedding at the start."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The settings that change a result, beyond data, plan and seed."""
+        names = ["model", "epochs", "patience", "batch_size", "lr", "weight_decay"]
+        names += ["table_optimizer", "table_lr", "init_std"]
+        return {name: getattr(self, name) for name in names}
+
+    def cells(self) -> list[Cell]:
+        """Every run, seed by seed, so that a sweep stopped early still compares all methods."""
+        return [
+            Cell(method, budget, seed)
+            for seed in self.seeds
+            for method in self.methods
+            for budget in ((None,) if label(method) == "dense" else self.budgets)
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method at a budget (None: no limit) with a seed."""
+
+    method: MethodSpec
+    budget: int | str | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people: "qr op=sum, 0.1x, seed 2"."""
+        return f"{label(self.method)}, {self.budget or 'no budget'}, seed {self.seed}"
+
+
+def label(method: MethodSpec) -> str:
+    """A method's name with its options."""
+    if isinstance(method, str):
+        return method
+    if "name" not in method:
+        return " ".join(f"{feature}:{label(spec)}" for feature, spec in method.items())
+    return " ".join([method["name"], *(f"{key}={value}" for key, value in method.items() if key != "name")])
+
+
+def cell_key(sweep: Sweep, plan: Plan, fingerprint: str, seed: int) -> str:
+    """16 hex digits of all that determines a run's result: two cells with one key are the same run."""
+    described = plan.to_dict()
+    described.pop("budget")
+    text = json.dumps([fingerprint, described, sweep.training, seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_sweep(file: str | Path, **overrides: Any) -> Sweep:
+    """The sweep of a YAML file; `overrides` that are not None replace its settings.
+
+    Raises:
+        UserError: when the file cannot be read, has an unknown key or a value of the wrong kind.
+    """
+    try:
+        loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file}: expected keys such as data, methods and budgets")
+    loaded |= {key: value for key, value in overrides.items() if value is not None}
+    known = {each.name: each for each in dataclasses.fields(Sweep)}
+    for key, value in loaded.items():
+        if key not in known:
+            raise UserError(f"{file}: unknown key {key!r}; there are {', '.join(known)}")
+        loaded[key] = _checked(str(file), key, value)
+    for key in ("data", "methods", "budgets"):
+        if key not in loaded:
+            raise UserError(f"{file}: key {key!r} is missing")
+    return Sweep(**loaded)
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "data": str,
+    "dim": int,
+    "model": dict,
+    "epochs": int,
+    "patience": int,
+    "batch_size": int,
+    "lr": float,
+    "weight_decay": float,
+    "table_optimizer": str,
+    "table_lr": float,
+    "init_std": float,
+}
+
+
+def _checked(file: str, key: str, value: Any) -> Any:
+    """The value in the type of its field."""
+    if key in ("methods", "budgets", "seeds"):
+        if not isinstance(value, list | tuple) or not value:
+            raise UserError(f"{file}: {key} must be a list with at least one entry, got {value!r}")
+        if key == "seeds" and not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in value):
+            raise UserError(f"{file}: seeds must be whole numbers, got {value!r}")
+        return tuple(value)
+    kind = _KINDS[key]
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{file}: {key} must be {kind.__name__ if isinstance(kind, type) else kind}, got {value!r}")
+    if kind is int and value < 1:
+        raise UserError(f"{file}: {key} must be at least 1, got {value!r}")
+    return value

@@ -1,0 +1,139 @@
+"""A sweep runs each cell once, resumes to the cell, says what cannot be done, and reports what was measured."""
+
+import csv
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+import embtab.compare.train
+from embtab.compare.run import compare
+from embtab.compare.sweep import Sweep, label, read_sweep
+from embtab.datasets import synthetic
+from embtab.errors import UserError
+from embtab.files import locked
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("compare") / "data"
+    synthetic.prepare(folder, rows=3000, scale=0.0002, seed=1)
+    return str(folder)
+
+
+def sweep_of(data: str, **changes: object) -> Sweep:
+    tiny = {"name": "AutoInt", "attention_dim": 4, "num_layers": 1, "num_heads": 1, "dnn": []}
+    small = Sweep(data, ("dense", "hash", "unified"), ("1x", "0.3x"), (0,), dim=4, model=tiny, batch_size=512)
+    return dataclasses.replace(small, **changes)  # type: ignore[arg-type]
+
+
+def rows_in(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_measures_every_cell_and_never_one_twice(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    real = embtab.compare.train.train
+
+    def counting(sweep, plan, seed, show=False):
+        trained.append(f"{sorted({e.method for e in plan.encodings.values()})} {seed}")
+        return real(sweep, plan, seed, show)
+
+    monkeypatch.setattr(embtab.compare.train, "train", counting)
+    report = compare(sweep_of(data), tmp_path)
+    rows = {(row["method"], row["budget"]): row for row in rows_in(tmp_path)}
+    assert set(rows) == {("dense", "none")} | {(m, b) for m in ("hash", "unified") for b in ("1x", "0.3x")}
+    # At 1x nothing is compressed: those cells are the dense run.
+    assert len(trained) == 3
+    assert rows["hash", "1x"]["auc"] == rows["unified", "1x"]["auc"] == rows["dense", "none"]["auc"]
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert 0 < float(row["auc"]) < 1
+        assert sum(json.loads(row["bytes_by_part"]).values()) == int(row["nbytes"])
+        assert not row["budget_bytes"] or int(row["nbytes"]) <= int(row["budget_bytes"])
+    assert f"{float(rows['hash', '0.3x']['auc']):.4f}" in report
+    assert "*Bayes*" in report
+    # Again: nothing is left to do, and the report is the same.
+    assert compare(sweep_of(data), tmp_path) == report
+    assert len(trained) == 3
+    # A further seed runs only its own cells.
+    grown = compare(sweep_of(data, seeds=(0, 1)), tmp_path)
+    assert len(trained) == 6
+    both = [float(row["auc"]) for row in rows_in(tmp_path) if (row["method"], row["budget"]) == ("hash", "0.3x")]
+    assert f"{statistics.mean(both):.4f} ± {statistics.stdev(both):.4f}" in grown
+
+
+def test_processes_side_by_side_give_the_same_results(data: str, tmp_path: Path) -> None:
+    compare(sweep_of(data), tmp_path / "one", jobs=1)
+    compare(sweep_of(data), tmp_path / "two", jobs=2)
+
+    def results(folder: str) -> dict[str, str]:
+        return {row["method"] + row["budget"]: row["auc"] for row in rows_in(tmp_path / folder)}
+
+    assert results("one") == results("two")
+
+
+def test_infeasible_cells_say_so_and_the_rest_goes_on(data: str, tmp_path: Path) -> None:
+    report = compare(sweep_of(data, methods=("qr", "hash"), budgets=("0.05x",)), tmp_path)
+    rows = {row["method"]: row for row in rows_in(tmp_path)}
+    assert rows["hash"]["status"] == "ok"
+    assert rows["qr"]["status"] == "infeasible"
+    assert int(rows["qr"]["min_bytes"]) > 0
+    assert "infeasible: needs" in report
+
+
+def test_a_failing_cell_is_recorded_and_tried_again(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = embtab.compare.train.train
+
+    def failing(sweep, plan, seed, show=False):
+        if any(e.method == "hash" for e in plan.encodings.values()):
+            raise RuntimeError("the disk\nis full")
+        return real(sweep, plan, seed, show)
+
+    monkeypatch.setattr(embtab.compare.train, "train", failing)
+    sweep = sweep_of(data, methods=("hash", "unified"), budgets=("0.3x",))
+    with pytest.raises(UserError, match=r"1 of 2 runs failed .*hash, 0.3x, seed 0: RuntimeError: the disk is full"):
+        compare(sweep, tmp_path)
+    assert {row["method"]: row["status"] for row in rows_in(tmp_path)} == {"hash": "failed", "unified": "ok"}
+    monkeypatch.setattr(embtab.compare.train, "train", real)
+    compare(sweep, tmp_path)
+    assert {row["status"] for row in rows_in(tmp_path)} == {"ok"}
+
+
+def test_two_processes_do_not_write_to_one_folder(data: str, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UserError, match="another process is writing here"):
+        compare(sweep_of(data), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: [dense]\nbudgets: [1x]", "key 'data' is missing"),
+        ("data: d\nmethods: [dense]\nbudgets: [1x]\nbudgts: 3", "unknown key 'budgts'; there are data, methods"),
+        ("data: d\nmethods: []\nbudgets: [1x]", "methods must be a list with at least one entry"),
+        ("data: d\nmethods: [dense]\nbudgets: [1x]\nepochs: many", "epochs must be int, got 'many'"),
+        ("data: d\nmethods: [dense]\nbudgets: [1x]\nepochs: 0", "epochs must be at least 1"),
+        ("data: d\nmethods: [dense]\nbudgets: [1x]\nseeds: [a]", "seeds must be whole numbers"),
+        ("- a list", "expected keys such as data"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_sweep(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("data: d\nmethods: [{name: qr, op: sum}]\nbudgets: [8MB]\nlr: 1e-3")
+    sweep = read_sweep(file, seeds=[4])
+    assert (sweep.lr, sweep.seeds) == (0.001, (4,))
+    assert [label(cell.method) for cell in sweep.cells()] == ["qr op=sum"]
