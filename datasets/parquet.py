@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from embtab.datasets.schema import SPLITS, Dataset, PartFile
 
+from embtab.datasets.schema import SPLITS, Dataset, PartFile
 from embtab.errors import DataError, UserError
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from embtab.datasets.parquet import RowGroup, read_columns, row_groups
-from embtab.datasets.rows import Rows
-from embtab.datasets.schema import Dataset
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from embtab.datasets.parquet import RowGroup, read_columns, row_groups
+from embtab.datasets.rows import Rows
+from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
 
 SHUFFLE_GROUPS = 4  # row groups whose rows are mixed: 262,144 rows, about 80 MB of Criteo

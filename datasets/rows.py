@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from embtab.datasets.schema import Dataset
 from torch import Tensor
+
+from embtab.datasets.schema import Dataset
 
 
 @dataclass

@@ -6,12 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from embtab.datasets.reader import Batch, ParquetBatches
-from embtab.datasets.schema import Categorical, Dataset, describe_files, open_writer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from embtab.datasets.reader import Batch, ParquetBatches
+from embtab.datasets.schema import Categorical, Dataset, describe_files, open_writer
 from embtab.errors import DataError, UserError
 
 FEATURES = (Categorical("C1", 10_000), Categorical("tags", 50, multi=True), Categorical("C2", 10_000))
