@@ -13,9 +13,10 @@ vectors instead of N. Where it is not (a product), each id is combined before ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
@@ -23,25 +24,59 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from embtab.errors import UserError
 from embtab.features import Feature
+from embtab.hashing import seed_of
 from embtab.lookup import FbgemmLookup, Optimizer, Request, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
+from embtab.state import NamedState
+
+
+class Arrays(NamedState):
+    """The arrays that encodings have beside their tables: trained ones are parameters, integer ones are buffers."""
+
+    def __init__(self, encodings: Mapping[str, Encoding], device: torch.device | str) -> None:
+        super().__init__()
+        self.places: dict[tuple[str, str], str] = {}
+        for space, encoding in encodings.items():
+            for name, array in encoding.arrays().items():
+                place = f"array{len(self.places)}"
+                self.places[space, name] = place
+                value = torch.zeros(array.shape, dtype=getattr(torch, array.dtype), device=device)
+                if array.dtype == "float32":
+                    self.register_parameter(place, nn.Parameter(value))
+                else:
+                    self.register_buffer(place, value)
+
+    def of(self, space: str) -> dict[str, Tensor]:
+        """The arrays of one id space, by name."""
+        return {name: getattr(self, place) for (owner, name), place in self.places.items() if owner == space}
+
+    def named_state(self) -> dict[str, Tensor]:
+        """All arrays, as "space.name"."""
+        return {f"{space}.{name}": getattr(self, place).detach() for (space, name), place in self.places.items()}
 
 
 class Block(nn.Module):
-    """Features whose encodings differ only in constants.
+    """Features whose encodings differ only in constants; or, where an encoding has arrays, the features of one space.
 
     Args:
         features: F features, in the order of the plan.
         encodings: the encoding of each.
         widths: the widths of the K parts.
         bases: int64 [F, K], the offset of each part's table in the lookup's matrix.
+        arrays: the arrays of all encodings.
     """
 
     def __init__(
-        self, features: Sequence[Feature], encodings: Sequence[Encoding], widths: Sequence[int], bases: Tensor
+        self,
+        features: Sequence[Feature],
+        encodings: Sequence[Encoding],
+        widths: Sequence[int],
+        bases: Tensor,
+        arrays: Arrays,
     ) -> None:
         super().__init__()
+        self.all_arrays = [arrays]  # in a list, so that they stay the collection's
         self.features = list(features)
         self.encoding = encodings[0]
         self.widths = list(widths)
@@ -65,8 +100,13 @@ class Block(nn.Module):
             return constant.unsqueeze(1)
         return constant.repeat_interleave(torch.tensor(sizes, device=constant.device), dim=0, output_size=sum(sizes))
 
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """The arrays of the block's encoding, by name."""
+        return self.all_arrays[0].of(self.features[0].space) if self.encoding.arrays() else {}
+
     def rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
-        """int64 [K, N]: rows in the lookup's matrices.
+        """int64 [N, K] (or [F, N / F, K], for equal sizes): rows of every part; -1 where an id does not have it.
 
         Args:
             ids: int64 [N], feature after feature.
@@ -81,8 +121,44 @@ class Block(nn.Module):
             outside = (shaped < 0) | (shaped >= limits)
             if bool(outside.any()):
                 self._complain(ids, outside.flatten(), sizes)
-        rows = self.encoding.rows(shaped, {name: self._spread(name, sizes) for name in self.names})
-        return (rows + self._spread("bases", sizes)).reshape(len(ids), len(self.widths)).t()
+        constants = {name: self._spread(name, sizes) for name in self.names}
+        rows: Tensor = self.encoding.rows(shaped, constants | self.arrays)
+        return rows
+
+    def requests(
+        self, rows: Tensor, sizes: Sequence[int], lengths: Tensor | None, weights: Tensor | None
+    ) -> list[Request]:
+        """What the lookup is asked for, one request per part.
+
+        Args:
+            rows: from `rows`.
+            sizes: how many ids each feature has.
+            lengths: int64 [F * B] to pool bags, or None for a vector per id.
+            weights: float32 [N], or None.
+        """
+        if not self.widths:
+            return []
+        shifted = _parts(rows + self._spread("bases", sizes))
+        if not self.encoding.may_skip:
+            return [Request(width, part, lengths, weights) for width, part in zip(self.widths, shifted, strict=True)]
+        # A part that is not there reads row 0 with weight 0: zeros out, and a zero gradient.
+        there = _parts(rows) >= 0
+        factors = there.float() if weights is None else there * weights
+        kept = torch.where(there, shifted, 0)
+        return [Request(width, kept[k], lengths, factors[k]) for k, width in enumerate(self.widths)]
+
+    def combine(self, rows: Tensor, answers: Iterator[Tensor], stride: int | None) -> Tensor:
+        """Vectors [N, D]; or, where bags were pooled, [B, F, D].
+
+        Args:
+            rows: from `rows`.
+            answers: of the lookup, in the order of the requests.
+            stride: B where bags were pooled, else None.
+        """
+        parts = [next(answers) for _ in self.widths] if self.widths else [_parts(rows).t()]
+        if stride is not None:
+            parts = [_per_bag(part, stride) for part in parts]
+        return self.encoding.combine(parts, self.arrays)
 
     def _complain(self, ids: Tensor, outside: Tensor, sizes: Sequence[int]) -> None:
         at = int(outside.nonzero()[0])
@@ -125,7 +201,8 @@ class _Collection(nn.Module):
         super().__init__()
         self.plan = plan
         self.lookup = make_lookup(list(plan.tables.values()), backend, device, optimizer)
-        self.blocks = nn.ModuleList(_blocks(plan, self.lookup.base)).to(device)
+        self.arrays = Arrays(plan.encodings, device)
+        self.blocks = nn.ModuleList(_blocks(plan, self.lookup.base, self.arrays)).to(device)
         self.order = [feature.name for block in self._each_block() for feature in block.features]
         self.init(init_std)
 
@@ -137,9 +214,16 @@ class _Collection(nn.Module):
     @torch.no_grad()
     def init(self, std: float) -> None:
         """Draws every table anew: zero mean, and composed vectors of standard deviation `std` whatever the method."""
-        for encoding in self.plan.encodings.values():
-            for name in encoding.tables:
-                self.lookup.table(name).normal_(0.0, encoding.part_std(std))
+        for space, encoding in self.plan.encodings.items():
+            for name, start in zip(encoding.tables, encoding.start(std), strict=True):
+                self.lookup.table(name).normal_(start.mean, start.std)
+            specs = encoding.arrays()
+            for name, array in self.arrays.of(space).items():
+                if specs[name].dtype == "float32":
+                    array.normal_(specs[name].mean, specs[name].std)
+                else:
+                    generator = np.random.default_rng(abs(seed_of(space, 0, self.plan.seed)))
+                    array.copy_(torch.from_numpy(encoding.initial(name, generator)))
 
     def set_learning_rate(self, lr: float) -> None:
         """Changes the table optimizer's learning rate; only for the fbgemm backend.
@@ -216,20 +300,19 @@ class EmbeddingBagCollection(_Collection):
         """The same as [B, F, D], features in plan order."""
         batch = self._arranged(features)
         stride = batch.stride()
-        requests: list[Request] = []
         pieces = list(_pieces(batch, self._each_block()))
-        for block, ids, lengths, weights, sizes in pieces:
+        all_rows = [block.rows(ids, sizes) for block, ids, _, _, sizes in pieces]
+        requests: list[Request] = []
+        for (block, _, lengths, weights, sizes), rows in zip(pieces, all_rows, strict=True):
             linear = block.encoding.linear
-            for rows, width in zip(block.rows(ids, sizes), block.widths, strict=True):
-                requests.append(Request(width, rows, lengths if linear else None, weights if linear else None))
+            requests += block.requests(rows, sizes, lengths if linear else None, weights if linear else None)
         answers = iter(self.lookup(requests))
         outputs: list[Tensor] = []
-        for block, _, lengths, weights, _ in pieces:
-            parts = [next(answers) for _ in block.widths]
+        for (block, _, lengths, weights, _), rows in zip(pieces, all_rows, strict=True):
             if block.encoding.linear:
-                sums = block.encoding.combine([_per_bag(part, stride) for part in parts])
+                sums = block.combine(rows, answers, stride)
             else:
-                sums = _per_bag(block.pool(block.encoding.combine(parts), lengths, weights), stride)
+                sums = _per_bag(block.pool(block.combine(rows, answers, None), lengths, weights), stride)
             outputs.append(block.divide(sums, lengths))
         return self._in_plan_order(outputs)
 
@@ -273,15 +356,14 @@ class EmbeddingCollection(_Collection):
         """
         batch = self._arranged(features)
         pieces = list(_pieces(batch, self._each_block()))
-        requests = [
-            Request(width, rows, None)
-            for block, ids, _, _, sizes in pieces
-            for rows, width in zip(block.rows(ids, sizes), block.widths, strict=True)
-        ]
+        all_rows = [block.rows(ids, sizes) for block, ids, _, _, sizes in pieces]
+        requests: list[Request] = []
+        for (block, _, _, _, sizes), rows in zip(pieces, all_rows, strict=True):
+            requests += block.requests(rows, sizes, None, None)
         answers = iter(self.lookup(requests))
         outputs: dict[str, JaggedTensor] = {}
-        for block, _, lengths, _, sizes in pieces:
-            vectors = block.encoding.combine([next(answers) for _ in block.widths])
+        for (block, _, lengths, _, sizes), rows in zip(pieces, all_rows, strict=True):
+            vectors = block.combine(rows, answers, None)
             per_feature = lengths.view(len(sizes), -1)
             for feature, values, counts in zip(block.features, vectors.split(sizes), per_feature, strict=True):
                 outputs[feature.name] = JaggedTensor(values=values, lengths=counts)
@@ -303,20 +385,26 @@ class EmbeddingCollection(_Collection):
         ]
 
 
-def _blocks(plan: Plan, base: dict[str, int]) -> list[Block]:
+def _blocks(plan: Plan, base: Mapping[str, int], arrays: Arrays) -> list[Block]:
     """Groups the plan's features into blocks, keeping their order within each."""
     grouped: dict[tuple, list[Feature]] = {}
     for feature in plan.features:
         encoding = plan.encodings[feature.space]
         widths = tuple(plan.tables[name].width for name in encoding.tables)
         bounded = encoding.num_ids is not None
-        grouped.setdefault((type(encoding), encoding.variant, widths, bounded), []).append(feature)
+        alone = feature.space if encoding.arrays() else None
+        grouped.setdefault((type(encoding), encoding.variant, widths, bounded, alone), []).append(feature)
     blocks = []
-    for (_, _, widths, _), members in grouped.items():
+    for (_, _, widths, _, _), members in grouped.items():
         encodings = [plan.encodings[member.space] for member in members]
         bases = torch.tensor([[base[name] for name in encoding.tables] for encoding in encodings])
-        blocks.append(Block(members, encodings, widths, bases))
+        blocks.append(Block(members, encodings, widths, bases, arrays))
     return blocks
+
+
+def _parts(rows: Tensor) -> Tensor:
+    """[K, N] from [N, K] or [F, N / F, K]."""
+    return rows.flatten(0, -2).t()
 
 
 def _per_bag(stacked: Tensor, stride: int) -> Tensor:

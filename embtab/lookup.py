@@ -13,7 +13,7 @@ of the same kernel with 26 separate tables; two chunks of width 8 in one table 0
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from embtab.errors import UserError
 from embtab.methods import Table
+from embtab.state import NamedState
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
 
@@ -65,7 +66,7 @@ class Request:
     weights: Tensor | None = None
 
 
-class Lookup(nn.Module):
+class Lookup(NamedState):
     """The physical tables, stacked by width. `state_dict` names them one by one, the same in every backend."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
@@ -106,36 +107,17 @@ class Lookup(nn.Module):
                 answers[i] = part
         return [answer for answer in answers if answer is not None]
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name in self.tables:
-            destination[prefix + name] = self.table(name)
-        for name, state in self.optimizer_state().items():
-            destination[f"{prefix}{name}.optimizer"] = state
+    def named_state(self) -> dict[str, Tensor]:
+        """The tables."""
+        return {name: self.table(name) for name in self.tables}
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Tensor],
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes tables saved by any backend; optimizer state only where this backend keeps the same kind."""
-        wanted = {name: self.table(name) for name in self.tables}
-        own = {f"{name}.optimizer": state for name, state in self.optimizer_state().items()}
-        for key, target in (wanted | own).items():
-            saved = state_dict.get(prefix + key)
-            if saved is None:
-                if key in wanted:
-                    missing_keys.append(prefix + key)
-            elif saved.shape != target.shape:
-                error_msgs.append(f"table {key!r}: saved shape {tuple(saved.shape)}, here {tuple(target.shape)}")
-            else:
-                target.copy_(saved)
-        known = wanted | {f"{name}.optimizer": None for name in self.tables}
-        unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :] not in known]
+    def optional_state(self) -> dict[str, Tensor]:
+        """What the backend's optimizer remembers; a backend whose optimizer is outside leaves it aside."""
+        return {f"{name}.optimizer": state for name, state in self.optimizer_state().items()}
+
+    def is_optional(self, name: str) -> bool:
+        """Whether it is some backend's optimizer state of a table that is here."""
+        return name.endswith(".optimizer") and name.removesuffix(".optimizer") in self.tables
 
 
 def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import Feature, id_spaces
-from embtab.methods import METHODS, Encoding, Table
-from embtab.methods.base import FLOAT_BYTES, Solution
+from embtab.methods import METHODS, PRECISIONS, Encoding, Spec, Table
+from embtab.methods.base import Solution
 from embtab.sizes import format_bytes, parse_bytes
 
 # "qr", or {"name": "qr", "op": "sum"} with the options of the method.
@@ -46,11 +46,14 @@ class Plan:
     @property
     def dense_nbytes(self) -> int:
         """What the same features would take as dense tables."""
-        return sum(space.num_ids for space in id_spaces(self.features)) * self.dim * FLOAT_BYTES
+        return _dense_bytes(id_spaces(self.features), self.dim)
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Serving bytes of each physical table."""
-        return {name: table.nbytes for name, table in self.tables.items()}
+        """Serving bytes of each physical table, and of each encoding's further arrays as "space.array"."""
+        parts = {name: table.nbytes for name, table in self.tables.items()}
+        for space, encoding in self.encodings.items():
+            parts |= {f"{space}.{name}": array.nbytes for name, array in encoding.arrays().items()}
+        return parts
 
     def encoding(self, feature: str) -> Encoding:
         """The encoding of a feature, by the feature's name."""
@@ -65,15 +68,14 @@ class Plan:
         for feature in self.features:
             encoding = self.encodings[feature.space]
             tables = [self.tables[name] for name in dict.fromkeys(encoding.tables)]
-            shape = " + ".join(f"{table.num_rows} x {table.width}" for table in tables)
-            shared = any(name.startswith("@") for name in encoding.tables)
-            size = "shared" if shared else format_bytes(sum(table.nbytes for table in tables))
+            own = [table.nbytes for table in tables if not table.shared]
+            own += [array.nbytes for array in encoding.arrays().values()]
+            size = format_bytes(sum(own)) if own else "shared"
+            shape = " + ".join(table.shape for table in tables) or "no table"
             rows.append((feature.name, f"{feature.num_ids}", encoding.method, f"{len(encoding.tables)}", shape, size))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [
-            f"{table.name}: {format_bytes(table.nbytes)}" for table in self.tables.values() if "@uni" in table.name
-        ]
+        lines += [f"{table.name}: {format_bytes(table.nbytes)}" for table in self.tables.values() if table.shared]
         asked = "no budget" if self.budget is None else f"budget {format_bytes(self.budget)}"
         ratio = self.dense_nbytes / self.nbytes
         lines.append(
@@ -93,7 +95,7 @@ class Plan:
                 for f in self.features
             ],
             "encodings": {
-                space: {"method": e.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(e).items()}}
+                space: {"method": e.method, **{k: _plain(v) for k, v in vars(e).items()}}
                 for space, e in self.encodings.items()
             },
             "tables": [dataclasses.asdict(table) for table in self.tables.values()],
@@ -125,6 +127,7 @@ def plan(
     budget: int | float | str | None = None,
     dim: int = 16,
     seed: int = 0,
+    precision: str = "fp32",
     **options: Any,
 ) -> Plan:
     """The largest tables of a method that fit into a byte budget.
@@ -136,6 +139,7 @@ def plan(
         budget: serving bytes: 8_000_000, "8MB", "8MiB", "0.1x" (of the dense tables); None for no limit.
         dim: D, the width of every vector.
         seed: changes every hash.
+        precision: of the served rows: "fp32", "fp16", "int8" or "int4" (row-wise scale and offset, counted).
         **options: options of the method, where `method` is a plain name.
 
     Raises:
@@ -147,10 +151,11 @@ def plan(
         raise UserError("a plan needs at least one feature")
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
         raise UserError(f"dim must be a positive whole number, got {dim!r}")
-    dense_bytes = sum(space.num_ids for space in spaces) * dim * FLOAT_BYTES
-    limit = None if budget is None else parse_bytes(budget, dense_bytes)
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    limit = None if budget is None else parse_bytes(budget, _dense_bytes(spaces, dim))
     groups = _grouped(spaces, features, method, options)
-    solutions = _solve(groups, limit, dim, seed)
+    solutions = _solve(groups, limit, Spec(dim, seed, precision))
     encodings: dict[str, Encoding] = {}
     tables: list[Table] = []
     for group, solution in zip(groups, solutions, strict=True):
@@ -171,8 +176,8 @@ class _Group:
     options: Mapping[str, Any]
     spaces: Sequence[Feature]
 
-    def solve(self, budget: int | None, dim: int, seed: int) -> Solution:
-        return METHODS[self.name].solve(self.spaces, budget, dim, seed, **self.options)
+    def solve(self, budget: int | None, spec: Spec) -> Solution:
+        return METHODS[self.name].solve(self.spaces, budget, spec, **self.options)
 
 
 def _grouped(
@@ -214,18 +219,18 @@ def _read_spec(spec: Any, options: Mapping[str, Any]) -> tuple[str, dict[str, An
     return spec, dict(options)
 
 
-def _solve(groups: Sequence[_Group], limit: int | None, dim: int, seed: int) -> list[Solution]:
+def _solve(groups: Sequence[_Group], limit: int | None, spec: Spec) -> list[Solution]:
     """Solves each group for its part of the budget, in proportion to dense bytes within what it can use."""
     if limit is None or len(groups) == 1:
-        return [group.solve(limit, dim, seed) for group in groups]
-    least = [_least(group, dim, seed) for group in groups]
+        return [group.solve(limit, spec) for group in groups]
+    least = [_least(group, spec) for group in groups]
     if sum(least) > limit:
         raise InfeasibleBudget(
             f"the methods together need at least {format_bytes(sum(least))} ({sum(least)} bytes), "
             f"more than the budget of {limit} bytes",
             sum(least),
         )
-    most = [sum(space.num_ids for space in group.spaces) * dim * FLOAT_BYTES for group in groups]
+    most = [sum(spec.dense_bytes(space) for space in group.spaces) for group in groups]
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -236,26 +241,38 @@ def _solve(groups: Sequence[_Group], limit: int | None, dim: int, seed: int) -> 
     for group, small, large in zip(groups, least, most, strict=True):
         part = max(small, int(low * large))
         # What an earlier group could not use goes to the next.
-        solution = group.solve(min(small + left, max(part, small)), dim, seed)
+        solution = group.solve(min(small + left, max(part, small)), spec)
         left -= solution.nbytes - small
         solutions.append(solution)
     for i, group in enumerate(groups):
-        larger = group.solve(solutions[i].nbytes + left, dim, seed)
+        larger = group.solve(solutions[i].nbytes + left, spec)
         left -= larger.nbytes - solutions[i].nbytes
         solutions[i] = larger
     return solutions
 
 
-def _least(group: _Group, dim: int, seed: int) -> int:
+def _least(group: _Group, spec: Spec) -> int:
     """The smallest bytes a group can be solved in."""
     try:
-        return group.solve(1, dim, seed).nbytes
+        return group.solve(1, spec).nbytes
     except InfeasibleBudget as error:
         return error.min_bytes
 
 
+def _dense_bytes(spaces: Sequence[Feature], dim: int) -> int:
+    return sum(Spec(dim).dense_bytes(space) for space in spaces)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
+
+
 def _read_encoding(entry: Mapping[str, Any]) -> Encoding:
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    fields = {key: _frozen(value) for key, value in entry.items()}
     name = fields.pop("method")
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; there are {', '.join(METHODS)}")

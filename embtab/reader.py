@@ -31,23 +31,23 @@ def hash_rows(ids: np.ndarray, seed: int, num_rows: int) -> np.ndarray:
     return (((mixed >> np.uint64(33)) * np.uint64(num_rows)) >> np.uint64(31)).astype(np.int64)
 
 
-def dense(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarray:
+def dense(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
     """Row `id` of the table."""
     return tables[e["tables"][0]][ids]
 
 
-def hashed(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarray:
+def hashed(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
     """The hashed row of the table."""
     return tables[e["tables"][0]][hash_rows(ids, e["seed"], e["num_rows"])]
 
 
-def unified(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarray:
+def unified(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
     """One hashed row per chunk, side by side."""
     chunks = zip(e["tables"], e["seeds"], strict=True)
     return np.concatenate([tables[name][hash_rows(ids, seed, e["num_rows"])] for name, seed in chunks], axis=1)
 
 
-def quotient_remainder(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarray:
+def quotient_remainder(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
     """The quotient's and the remainder's row, combined by `op`."""
     quotient, remainder = (tables[name] for name in e["tables"])
     q, r = quotient[ids // e["collisions"]], remainder[ids % e["collisions"]]
@@ -56,7 +56,7 @@ def quotient_remainder(e: Encoding, tables: Tables, ids: np.ndarray) -> np.ndarr
     return q + r if e["op"] == "sum" else q * r
 
 
-DECODERS: dict[str, Callable[[Encoding, Tables, np.ndarray], np.ndarray]] = {
+DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]] = {
     "dense": dense,
     "hash": hashed,
     "unified": unified,
@@ -69,7 +69,7 @@ def vectors(plan: Mapping[str, Any], tables: Tables, feature: str, ids: np.ndarr
 
     Args:
         plan: what `Plan.to_dict` gives.
-        tables: the physical tables [R, W], by name.
+        tables: the physical tables [R, W] by name, and the encodings' arrays as "space.array".
         feature: a feature of the plan.
         ids: int64 [N].
 
@@ -78,13 +78,15 @@ def vectors(plan: Mapping[str, Any], tables: Tables, feature: str, ids: np.ndarr
         IndexError: for an id outside [0, num_ids) where the method does not take any int64.
     """
     entry = _feature(plan, feature)
-    encoding = plan["encodings"][entry["id_space"] or feature]
+    space = entry["id_space"] or feature
+    encoding = plan["encodings"][space]
     bound = encoding["num_ids"]
     if bound is not None and len(ids):
         outside = (ids < 0) | (ids >= bound)
         if outside.any():
             raise IndexError(f"feature {feature!r}: id {ids[outside][0]} is outside [0, {bound})")
-    return DECODERS[encoding["method"]](encoding, tables, ids)
+    arrays = {name.removeprefix(f"{space}."): a for name, a in tables.items() if name.startswith(f"{space}.")}
+    return DECODERS[encoding["method"]](encoding, tables, arrays, ids)
 
 
 def lookup(
@@ -99,7 +101,7 @@ def lookup(
 
     Args:
         plan: what `Plan.to_dict` gives.
-        tables: the physical tables [R, W], by name.
+        tables: the physical tables [R, W] by name, and the encodings' arrays as "space.array".
         feature: a feature of the plan.
         ids: int64 [N].
         offsets: int64 [B + 1]; bag b holds ids[offsets[b]:offsets[b + 1]].

@@ -87,9 +87,9 @@ def batches(draw: st.DrawFn, plan: et.Plan) -> Bags:
 
 
 def tables_of(collection: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The physical tables as arrays, read through the public state dict."""
+    """Physical tables, and further arrays as "space.array", read through the public state dict."""
     state = collection.state_dict()
-    return {key.removeprefix("lookup."): value.numpy() for key, value in state.items() if ".optimizer" not in key}
+    return {key.split(".", 1)[1]: value.numpy() for key, value in state.items() if not key.endswith(".optimizer")}
 
 
 def single_ids(feature_ids: dict[str, np.ndarray]) -> KeyedJaggedTensor:

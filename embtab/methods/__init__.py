@@ -1,6 +1,6 @@
 """Every method, by its name. Adding one: a file here, a line below, a row in tests/laws.py."""
 
-from embtab.methods.base import Encoding, Table
+from embtab.methods.base import PRECISIONS, Encoding, Spec, Table
 from embtab.methods.dense import Dense
 from embtab.methods.hash import Hash
 from embtab.methods.qr import QR
@@ -13,4 +13,4 @@ METHODS: dict[str, type[Encoding]] = {
     "qr": QR,
 }
 
-__all__ = ["METHODS", "Encoding", "Table"]
+__all__ = ["METHODS", "PRECISIONS", "Encoding", "Spec", "Table"]

@@ -7,11 +7,13 @@ N ids   K parts per id   W width of a physical row   D dimension the model sees 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from embtab.errors import InfeasibleBudget
@@ -19,21 +21,112 @@ from embtab.features import Feature
 from embtab.sizes import format_bytes
 
 Array = Any  # a torch.Tensor or a numpy.ndarray
-FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a number of a served row is stored; training is in float32 whatever the precision."""
+
+    name: str
+    bits: int
+    row_overhead: int
+    """Bytes beside the numbers of a row: a float16 scale and a float16 offset for the integer forms."""
+
+    def row_bytes(self, width: int) -> int:
+        """Serving bytes of a row of `width` numbers."""
+        return -(-width * self.bits // 8) + self.row_overhead
+
+
+PRECISIONS = {
+    "fp32": Precision("fp32", 32, 0),
+    "fp16": Precision("fp16", 16, 0),
+    "int8": Precision("int8", 8, 4),
+    "int4": Precision("int4", 4, 4),
+}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A physical table: a float32 matrix of `num_rows` x `width`. A lookup backend knows nothing but these."""
+    """A physical table: a matrix of `num_rows` x `width`. A lookup backend knows nothing but these."""
 
     name: str
     num_rows: int
     width: int
+    precision: str = "fp32"
+
+    @property
+    def shared(self) -> bool:
+        """Whether id spaces share it; the names of such tables start with "@"."""
+        return self.name.startswith("@")
+
+    @property
+    def shape(self) -> str:
+        """For people: "1000 x 16 fp32"."""
+        return f"{self.num_rows} x {self.width} {self.precision}"
 
     @property
     def nbytes(self) -> int:
         """Serving bytes: the matrix as a bundle stores it, without any padding a training kernel may want."""
-        return self.num_rows * self.width * FLOAT_BYTES
+        return self.num_rows * PRECISIONS[self.precision].row_bytes(self.width)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every solver is given beside features and budget.
+
+    Args:
+        dim: D, the width of composed vectors.
+        seed: the user's seed, for methods that hash.
+        precision: of the rows of every table, a name in PRECISIONS.
+    """
+
+    dim: int
+    seed: int = 0
+    precision: str = "fp32"
+
+    def row_bytes(self, width: int) -> int:
+        """Serving bytes of one row."""
+        return PRECISIONS[self.precision].row_bytes(width)
+
+    def table(self, name: str, num_rows: int, width: int) -> Table:
+        """A table of this precision."""
+        return Table(name, num_rows, width, self.precision)
+
+    def dense_bytes(self, space: Feature) -> int:
+        """Serving bytes of one row of width D per id."""
+        return space.num_ids * self.row_bytes(self.dim)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array of an encoding beside its tables: a projection, a row map, codes. It counts in full.
+
+    Args:
+        shape: of the array.
+        dtype: "float32" for what is trained; "int8", "int16" or "int32" for what is looked up.
+        std: standard deviation of the first values of a trained array.
+        mean: their mean.
+        part: what a report calls these bytes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    std: float = 0.0
+    mean: float = 0.0
+    part: str = "projections"
+
+    @property
+    def nbytes(self) -> int:
+        """Serving bytes."""
+        size = {"float32": 4, "int32": 4, "int16": 2, "int8": 1}[self.dtype]
+        return math.prod(self.shape) * size
+
+
+class PartInit(NamedTuple):
+    """Mean and standard deviation of the first values of one part's table."""
+
+    mean: float
+    std: float
 
 
 @dataclass(frozen=True)
@@ -43,7 +136,8 @@ class Encoding(ABC):
     Args:
         dim: D, the width of the composed vector.
         num_ids: ids must lie in [0, num_ids); None where the method takes any int64.
-        tables: the names of the K physical tables that the parts of a vector are read from.
+        tables: the names of the K physical tables that the parts of a vector are read from. A method without tables
+            is given its `rows` [N, K] themselves as its only part.
     """
 
     dim: int
@@ -51,6 +145,8 @@ class Encoding(ABC):
     tables: tuple[str, ...]
 
     method: ClassVar[str]
+    may_skip: ClassVar[bool] = False
+    """Whether `rows` may give -1, for a part that an id does not have: it reads as zeros and trains nothing."""
 
     @property
     def linear(self) -> bool:
@@ -61,6 +157,14 @@ class Encoding(ABC):
     def variant(self) -> tuple:
         """What tells apart two encodings of one method that cannot be computed together, constants aside."""
         return ()
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """The arrays beside the tables, by name. Encodings that have any are computed feature by feature."""
+        return {}
+
+    def initial(self, name: str, generator: np.random.Generator) -> np.ndarray:
+        """The first values of an integer array of `arrays`; only methods that have one define it."""
+        raise NotImplementedError(f"{self.method} has no integer array {name!r}")
 
     @abstractmethod
     def constants(self) -> dict[str, tuple[int, ...]]:
@@ -73,27 +177,26 @@ class Encoding(ABC):
 
         Args:
             ids: int64 [N, 1].
-            c: the constants, each int64 [N or 1, K or 1].
+            c: the constants, each int64 [N or 1, K or 1], and the integer arrays by name.
         """
 
     @abstractmethod
-    def combine(self, parts: Sequence[Tensor]) -> Tensor:
-        """The vector [..., D] made of K parts, each [..., W]."""
+    def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
+        """The vector [..., D] made of K parts, each [..., W], and the trained arrays by name."""
 
     @abstractmethod
-    def part_std(self, std: float) -> float:
-        """The standard deviation that independent, zero-mean parts need for composed entries to have `std`."""
+    def start(self, std: float) -> Sequence[PartInit]:
+        """How the table of each part starts, so that composed entries have zero mean and standard deviation `std`."""
 
     @classmethod
     @abstractmethod
-    def solve(cls, spaces: Sequence[Feature], budget: int | None, dim: int, seed: int) -> Solution:
+    def solve(cls, spaces: Sequence[Feature], budget: int | None, spec: Spec) -> Solution:
         """The largest tables of this method within `budget` bytes; subclasses may add keyword options.
 
         Args:
             spaces: one feature per id space; they share the budget.
             budget: serving bytes; None for no limit.
-            dim: D.
-            seed: the user's seed, for methods that hash.
+            spec: dimension, seed and precision.
 
         Raises:
             InfeasibleBudget: when the smallest form of the method does not fit.
@@ -109,20 +212,21 @@ class Solution(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Serving bytes of the tables."""
-        return sum(table.nbytes for table in self.tables)
+        """Serving bytes of tables and arrays."""
+        arrays = sum(array.nbytes for encoding in self.encodings for array in encoding.arrays().values())
+        return sum(table.nbytes for table in self.tables) + arrays
 
 
 Choose = Callable[[Feature, int], Solution]
 
 
-def fill(spaces: Sequence[Feature], budget: int | None, dim: int, method: str, choose: Choose) -> Solution:
+def fill(spaces: Sequence[Feature], budget: int | None, spec: Spec, method: str, choose: Choose) -> Solution:
     """Shares a budget between id spaces in proportion to their dense bytes, then spends what rounding left over.
 
     Args:
         spaces: the id spaces.
         budget: bytes; None gives every space its dense bytes.
-        dim: D.
+        spec: dimension and precision, which say what a dense table takes.
         method: for the error message.
         choose: (space, target bytes) -> the largest solution for this one space of at most `target` bytes, or its
             smallest solution if nothing is that small. More target bytes never give a smaller solution.
@@ -130,7 +234,7 @@ def fill(spaces: Sequence[Feature], budget: int | None, dim: int, method: str, c
     Raises:
         InfeasibleBudget: when the smallest solutions together exceed the budget.
     """
-    dense = [space.num_ids * dim * FLOAT_BYTES for space in spaces]
+    dense = [spec.dense_bytes(space) for space in spaces]
 
     def shared(share: float) -> list[Solution]:
         return [choose(space, int(share * size)) for space, size in zip(spaces, dense, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, hash_rows, seed_of
-from embtab.methods.base import FLOAT_BYTES, Array, Encoding, Solution, Table, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
 from embtab.methods.dense import dense_solution
 
 
@@ -37,23 +37,23 @@ class Hash(Encoding):
         """The seeded hash of the id."""
         return hash_rows(ids, c["seed"], c["num_rows"])
 
-    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+    def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The row itself."""
         return parts[0]
 
-    def part_std(self, std: float) -> float:
-        """The dense table's own: a vector is one row."""
-        return std
+    def start(self, std: float) -> Sequence[PartInit]:
+        """As asked for: a vector is one row."""
+        return [PartInit(0.0, std)]
 
     @classmethod
-    def solve(cls, spaces: Sequence[Feature], budget: int | None, dim: int, seed: int) -> Solution:
+    def solve(cls, spaces: Sequence[Feature], budget: int | None, spec: Spec) -> Solution:
         """Rows in proportion to cardinality, at least one per space; spaces that would not shrink stay dense."""
 
         def choose(space: Feature, target: int) -> Solution:
-            num_rows = min(max(target // (dim * FLOAT_BYTES), 1), MAX_ROWS)
+            num_rows = min(max(target // spec.row_bytes(spec.dim), 1), MAX_ROWS)
             if num_rows >= space.num_ids:
-                return dense_solution(space, dim)
-            encoding = cls(dim, None, (space.name,), seed_of(space.name, 0, seed), num_rows)
-            return Solution([encoding], [Table(space.name, num_rows, dim)])
+                return dense_solution(space, spec)
+            encoding = cls(spec.dim, None, (space.name,), seed_of(space.name, 0, spec.seed), num_rows)
+            return Solution([encoding], [spec.table(space.name, num_rows, spec.dim)])
 
-        return fill(spaces, budget, dim, cls.method, choose)
+        return fill(spaces, budget, spec, cls.method, choose)

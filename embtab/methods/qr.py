@@ -22,7 +22,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.methods.base import FLOAT_BYTES, Array, Encoding, Solution, Table, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
 from embtab.methods.dense import dense_solution
 
 OPS = ("concat", "sum", "product")
@@ -57,44 +57,43 @@ class QR(Encoding):
         """Quotient and remainder, by exact integer division."""
         return (ids // c["stride"]) % c["modulus"]
 
-    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+    def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """Concatenation, sum or product of the two rows."""
         quotient, remainder = parts
         if self.op == "concat":
             return torch.cat(tuple(parts), dim=-1)
         return quotient + remainder if self.op == "sum" else quotient * remainder
 
-    def part_std(self, std: float) -> float:
+    def start(self, std: float) -> Sequence[PartInit]:
         """Variances add in a sum and multiply in a product of independent zero-mean parts."""
-        return {"concat": std, "sum": std / math.sqrt(2), "product": math.sqrt(std)}[self.op]
+        part = {"concat": std, "sum": std / math.sqrt(2), "product": math.sqrt(std)}[self.op]
+        return [PartInit(0.0, part)] * 2
 
     @classmethod
-    def solve(
-        cls, spaces: Sequence[Feature], budget: int | None, dim: int, seed: int, *, op: str = "product"
-    ) -> Solution:
+    def solve(cls, spaces: Sequence[Feature], budget: int | None, spec: Spec, *, op: str = "product") -> Solution:
         """The fewest collisions that fit each space's share; spaces that would not shrink stay dense."""
         if op not in OPS:
             raise UserError(f"qr: op must be one of {', '.join(OPS)}; got {op!r}")
-        if op == "concat" and dim % 2:
-            raise UserError(f"qr: op 'concat' halves the dimension, so dim must be even; got dim={dim}")
-        width = dim // 2 if op == "concat" else dim
+        if op == "concat" and spec.dim % 2:
+            raise UserError(f"qr: op 'concat' halves the dimension, so dim must be even; got dim={spec.dim}")
+        width = spec.dim // 2 if op == "concat" else spec.dim
 
         def nbytes(num_ids: int, collisions: int) -> int:
-            return (-(-num_ids // collisions) + collisions) * width * FLOAT_BYTES
+            return (-(-num_ids // collisions) + collisions) * spec.row_bytes(width)
 
         def choose(space: Feature, target: int) -> Solution:
             n = space.num_ids
             root = math.isqrt(n)
             most = min(range(max(root - 1, 2), root + 3), key=lambda c: nbytes(n, c))
             collisions = _fewest(lambda c: nbytes(n, c) <= target, most)
-            if target >= n * dim * FLOAT_BYTES or nbytes(n, collisions) >= n * dim * FLOAT_BYTES:
-                return dense_solution(space, dim)
-            quotient = Table(f"{space.name}@quotient", -(-n // collisions), width)
-            remainder = Table(f"{space.name}@remainder", collisions, width)
-            encoding = cls(dim, n, (quotient.name, remainder.name), collisions, op)
+            if target >= spec.dense_bytes(space) or nbytes(n, collisions) >= spec.dense_bytes(space):
+                return dense_solution(space, spec)
+            quotient = spec.table(f"{space.name}@quotient", -(-n // collisions), width)
+            remainder = spec.table(f"{space.name}@remainder", collisions, width)
+            encoding = cls(spec.dim, n, (quotient.name, remainder.name), collisions, op)
             return Solution([encoding], [quotient, remainder])
 
-        return fill(spaces, budget, dim, cls.method, choose)
+        return fill(spaces, budget, spec, cls.method, choose)
 
 
 def _fewest(fits: Callable[[int], bool], most: int) -> int:

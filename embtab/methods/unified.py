@@ -20,7 +20,7 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, hash_rows, seed_of
-from embtab.methods.base import FLOAT_BYTES, Array, Encoding, Solution, Table, infeasible
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, infeasible
 from embtab.methods.dense import Dense
 
 
@@ -42,29 +42,29 @@ class Unified(Encoding):
         """One independent hash per chunk."""
         return hash_rows(ids, c["seed"], c["num_rows"])
 
-    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+    def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The chunks side by side, in order."""
         return torch.cat(tuple(parts), dim=-1)
 
-    def part_std(self, std: float) -> float:
-        """The dense table's own: every entry of a vector is one entry of a row."""
-        return std
+    def start(self, std: float) -> Sequence[PartInit]:
+        """As asked for: every entry of a vector is one entry of a row."""
+        return [PartInit(0.0, std)] * len(self.tables)
 
     @classmethod
-    def solve(cls, spaces: Sequence[Feature], budget: int | None, dim: int, seed: int, *, chunks: int = 2) -> Solution:
+    def solve(cls, spaces: Sequence[Feature], budget: int | None, spec: Spec, *, chunks: int = 2) -> Solution:
         """As many shared rows as fit; when the dense tables fit, they are better and are taken."""
-        if chunks < 1 or dim % chunks:
-            raise UserError(f"unified: chunks must divide dim; got chunks={chunks}, dim={dim}")
-        dense = Dense.solve(spaces, None, dim, seed)
+        if chunks < 1 or spec.dim % chunks:
+            raise UserError(f"unified: chunks must divide dim; got chunks={chunks}, dim={spec.dim}")
+        dense = Dense.solve(spaces, None, spec)
         if budget is None or dense.nbytes <= budget:
             return dense
-        width = dim // chunks
-        num_rows = min(budget // (width * FLOAT_BYTES), MAX_ROWS)
+        width = spec.dim // chunks
+        num_rows = min(budget // spec.row_bytes(width), MAX_ROWS)
         if num_rows < 1:
-            raise infeasible(cls.method, budget, width * FLOAT_BYTES)
+            raise infeasible(cls.method, budget, spec.row_bytes(width))
         name = f"@unified{width}"
-        encodings: list[Encoding] = [
-            cls(dim, None, (name,) * chunks, tuple(seed_of(space.name, k, seed) for k in range(chunks)), num_rows)
-            for space in spaces
-        ]
-        return Solution(encodings, [Table(name, num_rows, width)])
+        encodings: list[Encoding] = []
+        for space in spaces:
+            seeds = tuple(seed_of(space.name, k, spec.seed) for k in range(chunks))
+            encodings.append(cls(spec.dim, None, (name,) * chunks, seeds, num_rows))
+        return Solution(encodings, [spec.table(name, num_rows, width)])

@@ -1,0 +1,54 @@
+"""Modules whose state has names of its own, whatever the tensors are stored in."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class NamedState(nn.Module):
+    """A module that saves and loads tensors by names it chooses, dots and all, instead of by its attributes."""
+
+    @abstractmethod
+    def named_state(self) -> dict[str, Tensor]:
+        """Detached tensors by name: writing to one writes to the module."""
+
+    def optional_state(self) -> dict[str, Tensor]:
+        """The same for what is saved, but may be absent or of another kind when it is loaded."""
+        return {}
+
+    def is_optional(self, name: str) -> bool:
+        """Whether a saved name that is not known here may be left aside."""
+        return False
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, value in (self.named_state() | self.optional_state()).items():
+            destination[prefix + name] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        required, optional = self.named_state(), self.optional_state()
+        for name, target in (required | optional).items():
+            saved = state_dict.get(prefix + name)
+            if saved is None:
+                if name in required:
+                    missing_keys.append(prefix + name)
+            elif saved.shape != target.shape:
+                error_msgs.append(f"{prefix}{name}: saved shape {tuple(saved.shape)}, here {tuple(target.shape)}")
+            else:
+                target.copy_(saved)
+        for key in state_dict:
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and name not in required and not self.is_optional(name):
+                unexpected_keys.append(key)
