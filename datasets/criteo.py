@@ -36,7 +36,7 @@ DENSE_TRANSFORMS = ("log", "log1p", "none")
 
 _COLUMNS = ("label", *INTEGERS, *CATEGORIES)
 _RAW_SCHEMA = dict.fromkeys(("label", *INTEGERS), pl.Int64) | dict.fromkeys(CATEGORIES, pl.String)
-_BLOCK_BYTES = 32 << 20
+_BLOCK_BYTES = 8 << 20  # of text; streaming holds some thirty blocks, so larger ones only cost memory
 
 
 def prepare(

@@ -30,7 +30,7 @@ def fit(values: pl.LazyFrame, min_count: int = 1) -> pl.DataFrame:
     (name,) = values.collect_schema().names()
     column = values.select(value=name)
     if column.collect_schema()["value"] == pl.List(pl.String):
-        column = column.explode("value").drop_nulls()  # an empty list explodes to a null
+        column = column.explode("value").drop_nulls()  # polars 1 makes a null of an empty list
     counted = column.group_by("value").agg(pl.len().cast(pl.Int64).alias("count")).collect(engine="streaming")
     kept = counted.filter(pl.col("count") >= min_count).sort(["count", "value"], descending=[True, False])
     rare = counted["count"].sum() - kept["count"].sum()

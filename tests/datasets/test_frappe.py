@@ -114,6 +114,10 @@ def test_bad_files_are_named(tmp_path):
     swapped = [[label, item, user, *rest] for label, user, item, *rest in fake_lines(20, 1)]
     write(tmp_path / "swapped", valid=fake_lines(20, 0), test=swapped)
     assert_refused(tmp_path / "swapped", "occur in the fields item and user")
+    touching = fake_lines(20, 1)
+    touching[7][1] = touching[3][2] = "40"  # one index in two fields
+    write(tmp_path / "touching", valid=touching, test=fake_lines(20, 0))
+    assert_refused(tmp_path / "touching", "indices 40 to 40 occur in the fields user and item")
 
 
 def test_an_output_with_content_is_kept(tmp_path):
