@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from embtab.models.autoint import AutoInt, InteractingLayer
 
 from embtab.errors import UserError
+from embtab.models.autoint import AutoInt, InteractingLayer
 
 
 def weights(module):
