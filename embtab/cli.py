@@ -78,6 +78,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         choices=("log", "log1p", "none"),
         help="of I1..I13 (default %(default)s: ln(x)^2 above 2)",
     )
+    criteo.add_argument(
+        "--blank", type=float, default=0.0, help="what a blank integer becomes; -0.5 is told from all (default 0)"
+    )
     _add_shares(criteo, 0.1, 0.1)
     criteo.set_defaults(run=_prepare_criteo)
 
@@ -131,6 +134,7 @@ def _prepare_criteo(arguments: argparse.Namespace) -> None:
             dense_transform=arguments.dense_transform,
             valid=arguments.valid,
             test=arguments.test,
+            blank=arguments.blank,
         )
         _say_prepared(arguments.out, dataset)
 
@@ -205,6 +209,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", help='serving bytes: 8000000, "8MB", "8MiB" or "0.1x" of the dense tables')
     parser.add_argument("--dim", type=int, default=16, help="width of every embedding (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the hashes (default %(default)s)")
+    parser.add_argument("--precision", default="fp32", help="of the served rows: fp32, fp16, int8 or int4")
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, such as op=sum; repeatable"
     )
@@ -217,7 +222,16 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     options = dict(_option(text) for text in arguments.option)
     features = read_features(arguments.dir)
-    print(plan(features, arguments.method, arguments.budget, arguments.dim, arguments.seed, **options).describe())
+    made = plan(
+        features,
+        arguments.method,
+        arguments.budget,
+        arguments.dim,
+        arguments.seed,
+        arguments.precision,
+        **options,
+    )
+    print(made.describe())
 
 
 def _option(text: str) -> tuple[str, int | float | str]:

@@ -28,6 +28,7 @@ from embtab.hashing import seed_of
 from embtab.lookup import FbgemmLookup, Optimizer, Request, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
+from embtab.quantise import served
 from embtab.state import NamedState
 
 
@@ -224,6 +225,20 @@ class _Collection(nn.Module):
                 else:
                     generator = np.random.default_rng(abs(seed_of(space, 0, self.plan.seed)))
                     array.copy_(torch.from_numpy(encoding.initial(name, generator)))
+
+    @torch.no_grad()
+    def round_to_served(self) -> None:
+        """Replaces every row by the value that serving will read in the plan's precision; after it, stop training.
+
+        Raises:
+            UserError: when a table holds an entry that cannot be stored in its precision; it names the table.
+        """
+        for name, table in self.plan.tables.items():
+            rows = self.lookup.table(name)
+            try:
+                rows.copy_(served(rows, table.precision))
+            except ValueError as error:
+                raise UserError(f"table {name!r} cannot be served in {table.precision}: {error}") from None
 
     def set_learning_rate(self, lr: float) -> None:
         """Changes the table optimizer's learning rate; only for the fbgemm backend.

@@ -228,6 +228,9 @@ class FbgemmLookup(Lookup):
 
     def sum_bags(self, width: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Sums by the fused kernel, whose backward updates the rows."""
+        if torch.is_inference_mode_enabled():  # which the training kernel does not know
+            with torch.inference_mode(False), torch.no_grad():
+                return self.sum_bags(width, rows, offsets, weights)
         sums: Tensor = self._kernels[width](rows, offsets, weights)
         return sums if width == _padded(width) else sums[:, :width]
 

@@ -144,3 +144,12 @@ def test_fused_state_survives_a_save() -> None:
     step(second, 2)
     for name, value in through.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["unified", "qr"])
+def test_fused_tables_answer_in_inference_mode(method: str) -> None:
+    tables = et.EmbeddingBagCollection(et.plan(FEATURES, method, "0.6x"))
+    expected = tables(batch_of(16, 0)[1]).values().detach()
+    with torch.inference_mode():
+        assert torch.equal(tables(batch_of(16, 0)[1]).values(), expected)
+    tables(batch_of(16, 0)[1]).values().sum().backward()  # and train on

@@ -29,34 +29,36 @@ def markdown(sweep: Sweep, dataset: Dataset, rows: Sequence[Row]) -> str:
         f"Mean ± standard deviation over seeds {', '.join(map(str, sweep.seeds))}, on the test split. "
         f"{'Dense tables take ' + format_bytes(dense) + '.' if dense else ''}",
         "",
-        "| method | budget | bytes | of dense | AUC | log loss | normalised entropy | samples/s | runs |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | rows | budget | bytes | of dense | AUC | log loss | normalised entropy | samples/s | runs |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["budget"]), []).append(row)
+        groups.setdefault((row["method"], row["precision"], row["budget"]), []).append(row)
     order = ["none", *map(str, sweep.budgets)]
-    for (method, budget), members in sorted(groups.items(), key=lambda item: order.index(item[0][1])):
-        lines.append(_line(method, budget, members))
+    for (method, precision, budget), members in sorted(groups.items(), key=lambda item: order.index(item[0][2])):
+        lines.append(_line(method, precision, budget, members))
     if dataset.bayes:
         best = "the best any ranker can do on this test split, known since the data is generated"
         lines.append(
-            f"| *Bayes* | | | | {dataset.bayes['auc']:.4f} | {dataset.bayes['logloss']:.4f} | | | |\n\nBayes: {best}."
+            f"| *Bayes* | | | | | {dataset.bayes['auc']:.4f} | {dataset.bayes['logloss']:.4f} | | | |\n\nBayes: {best}."
         )
     return "\n".join(lines) + "\n"
 
 
-def _line(method: str, budget: str, rows: Sequence[Row]) -> str:
+def _line(method: str, precision: str, budget: str, rows: Sequence[Row]) -> str:
     done = [row for row in rows if row["status"] == "ok"]
     shown = "no limit" if budget == "none" else budget
     if not done:
         first = rows[0]
+        why = f"failed: {first['error']}"
         if first["status"] == "infeasible":
-            return f"| {method} | {shown} | infeasible: needs {format_bytes(first['min_bytes'])} | | | | | | 0 |"
-        return f"| {method} | {shown} | failed: {first['error']} | | | | | | 0 |"
+            why = f"infeasible: needs {format_bytes(first['min_bytes'])}"
+        return f"| {method} | {precision} | {shown} | {why} | | | | | | 0 |"
     nbytes, dense = done[0]["nbytes"], done[0]["dense_nbytes"]
     cells = [
         method,
+        precision,
         shown,
         format_bytes(nbytes),
         f"{nbytes / dense:.3g}x",

@@ -28,7 +28,7 @@ from embtab.planning import Plan, plan
 Row = dict[str, Any]
 METRICS = ("auc", "logloss", "ne", "calibration", "gauc", "val_auc", "epochs", "samples_per_s", "seconds")
 COLUMNS = (
-    *("key", "status", "method", "budget", "seed", "budget_bytes", "nbytes", "dense_nbytes", "min_bytes"),
+    *("key", "status", "method", "budget", "precision", "seed", "budget_bytes", "nbytes", "dense_nbytes", "min_bytes"),
     *METRICS,
     *("bytes_by_part", "training", "dim", "dataset", "fingerprint", "versions", "error"),
 )
@@ -64,7 +64,7 @@ def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
         for cell in sweep.cells():
             row = _row(sweep, dataset, cell)
             try:
-                made = plan(features, cell.method, cell.budget, sweep.dim, cell.seed)
+                made = plan(features, cell.method, cell.budget, sweep.dim, cell.seed, cell.precision)
             except InfeasibleBudget as error:
                 row |= {"status": "infeasible", "min_bytes": error.min_bytes, "error": str(error)}
                 row["key"] = f"infeasible {cell.name} {dataset.fingerprint}"
@@ -146,6 +146,7 @@ def _row(sweep: Sweep, dataset: Dataset, cell: Cell) -> Row:
     return row | {
         "method": label(cell.method),
         "budget": "none" if cell.budget is None else str(cell.budget),
+        "precision": cell.precision,
         "seed": cell.seed,
         "dim": sweep.dim,
         "training": sweep.training,
@@ -159,7 +160,16 @@ def _place(row: Row) -> str:
     """What a row is about; a new result replaces an old one of the same place."""
     settings = json.dumps(row["training"], sort_keys=True)
     return "|".join(
-        str(part) for part in (row["fingerprint"], row["method"], row["budget"], row["seed"], row["dim"], settings)
+        str(part)
+        for part in (
+            row["fingerprint"],
+            row["method"],
+            row["budget"],
+            row["precision"],
+            row["seed"],
+            row["dim"],
+            settings,
+        )
     )
 
 
@@ -208,4 +218,4 @@ def _parsed(name: str, text: str) -> Any:
     return text if name in _TEXTS else json.loads(text)
 
 
-_TEXTS = ("key", "status", "method", "budget", "dataset", "fingerprint", "error")
+_TEXTS = ("key", "status", "method", "budget", "precision", "dataset", "fingerprint", "error")

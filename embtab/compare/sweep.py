@@ -28,6 +28,8 @@ class Sweep:
     """Serving bytes: 8_000_000, "8MB", or "0.1x" of the dense tables."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seeds hashes, initial weights and the shuffle; every method gets the same ones."""
+    precisions: tuple[str, ...] = ("fp32",)
+    """Of the served rows: fp32, fp16, int8, int4. Training is in fp32; results are those of the served rows."""
     dim: int = 16
     """Width of every embedding."""
     model: Mapping[str, Any] = field(default_factory=lambda: {"name": "AutoInt"})
@@ -55,8 +57,9 @@ class Sweep:
     def cells(self) -> list[Cell]:
         """Every run, seed by seed, so that a sweep stopped early still compares all methods."""
         return [
-            Cell(method, budget, seed)
+            Cell(method, budget, precision, seed)
             for seed in self.seeds
+            for precision in self.precisions
             for method in self.methods
             for budget in ((None,) if label(method) == "dense" else self.budgets)
         ]
@@ -68,12 +71,13 @@ class Cell:
 
     method: MethodSpec
     budget: int | str | None
+    precision: str
     seed: int
 
     @property
     def name(self) -> str:
-        """For people: "qr op=sum, 0.1x, seed 2"."""
-        return f"{label(self.method)}, {self.budget or 'no budget'}, seed {self.seed}"
+        """For people: "qr op=sum, 0.1x, fp32, seed 2"."""
+        return f"{label(self.method)}, {self.budget or 'no budget'}, {self.precision}, seed {self.seed}"
 
 
 def label(method: MethodSpec) -> str:
@@ -134,7 +138,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 def _checked(file: str, key: str, value: Any) -> Any:
     """The value in the type of its field."""
-    if key in ("methods", "budgets", "seeds"):
+    if key in ("methods", "budgets", "seeds", "precisions"):
         if not isinstance(value, list | tuple) or not value:
             raise UserError(f"{file}: {key} must be a list with at least one entry, got {value!r}")
         if key == "seeds" and not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in value):

@@ -68,7 +68,9 @@ def train(sweep: Sweep, plan: Plan, seed: int, show: bool = False) -> dict[str, 
         started = time.perf_counter()
         trainer.fit(task, data)
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        (tested,) = trainer.test(task, data, ckpt_path="best", verbose=False, weights_only=True)
+        task.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+        tables.round_to_served()
+        (tested,) = trainer.test(task, data, verbose=False)
     return {
         **{name.removeprefix("test/"): value for name, value in tested.items()},
         "val_auc": float(best.best_model_score or float("nan")),
