@@ -121,7 +121,7 @@ def read_sweep(file: str | Path, **overrides: Any) -> Sweep:
     return Sweep(**loaded)
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
+_KINDS: dict[str, type] = {
     "data": str,
     "dim": int,
     "model": dict,
@@ -151,7 +151,7 @@ def _checked(file: str, key: str, value: Any) -> Any:
         except ValueError:
             pass
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{file}: {key} must be {kind.__name__ if isinstance(kind, type) else kind}, got {value!r}")
-    if kind is int and value < 1:
+        raise UserError(f"{file}: {key} must be {kind.__name__}, got {value!r}")
+    if isinstance(value, int) and value < 1:
         raise UserError(f"{file}: {key} must be at least 1, got {value!r}")
     return value

@@ -84,15 +84,16 @@ def _model(sweep: Sweep, num_dense: int, num_features: int) -> torch.nn.Module:
     """The ranker by name, with only options it has."""
     options = dict(sweep.model)
     name = options.pop("name", None)
-    classes = {key: value for key, value in vars(embtab.models).items() if inspect.isclass(value)}
+    classes: dict[str, type[torch.nn.Module]] = {
+        key: value for key, value in vars(embtab.models).items() if inspect.isclass(value)
+    }
     if name not in classes:
         raise UserError(f"unknown model {name!r}; there are {', '.join(classes)}")
     known = list(inspect.signature(classes[name]).parameters)[3:]
     for option in options:
         if option not in known:
             raise UserError(f"model {name} has no option {option!r}; it has {', '.join(known)}")
-    model: torch.nn.Module = classes[name](num_dense, num_features, sweep.dim, **options)
-    return model
+    return classes[name](num_dense, num_features, sweep.dim, **options)
 
 
 def _quieten() -> None:
