@@ -84,8 +84,10 @@ def _model(sweep: Sweep, num_dense: int, num_features: int) -> torch.nn.Module:
     """The ranker by name, with only options it has."""
     options = dict(sweep.model)
     name = options.pop("name", None)
-    classes: dict[str, type[torch.nn.Module]] = {
-        key: value for key, value in vars(embtab.models).items() if inspect.isclass(value)
+    classes = {
+        key: value
+        for key, value in vars(embtab.models).items()
+        if inspect.isclass(value) and issubclass(value, torch.nn.Module)
     }
     if name not in classes:
         raise UserError(f"unknown model {name!r}; there are {', '.join(classes)}")
