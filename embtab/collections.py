@@ -27,6 +27,7 @@ from embtab.features import Feature
 from embtab.hashing import seed_of
 from embtab.lookup import FbgemmLookup, Optimizer, Request, make_lookup
 from embtab.methods import Encoding
+from embtab.methods.base import LiveTable
 from embtab.planning import Plan
 from embtab.quantise import served
 from embtab.state import NamedState
@@ -38,10 +39,12 @@ class Arrays(NamedState):
     def __init__(self, encodings: Mapping[str, Encoding], device: torch.device | str) -> None:
         super().__init__()
         self.places: dict[tuple[str, str], str] = {}
+        self.saved: dict[bool, dict[str, str]] = {True: {}, False: {}}
         for space, encoding in encodings.items():
             for name, array in encoding.arrays().items():
                 place = f"array{len(self.places)}"
                 self.places[space, name] = place
+                self.saved[array.serving][f"{space}.{name}" if array.serving else f"{space}.{name}.training"] = place
                 value = torch.zeros(array.shape, dtype=getattr(torch, array.dtype), device=device)
                 if array.dtype == "float32":
                     self.register_parameter(place, nn.Parameter(value))
@@ -53,8 +56,16 @@ class Arrays(NamedState):
         return {name: getattr(self, place) for (owner, name), place in self.places.items() if owner == space}
 
     def named_state(self) -> dict[str, Tensor]:
-        """All arrays, as "space.name"."""
-        return {f"{space}.{name}": getattr(self, place).detach() for (space, name), place in self.places.items()}
+        """The arrays that serving needs, as "space.name"."""
+        return {name: getattr(self, place).detach() for name, place in self.saved[True].items()}
+
+    def optional_state(self) -> dict[str, Tensor]:
+        """The arrays that only training needs, as "space.name.training"; without them, counting starts anew."""
+        return {name: getattr(self, place) for name, place in self.saved[False].items()}
+
+    def is_optional(self, name: str) -> bool:
+        """Whether it is an array that only training needs."""
+        return name in self.saved[False]
 
 
 class Block(nn.Module):
@@ -109,6 +120,8 @@ class Block(nn.Module):
     def rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
         """int64 [N, K] (or [F, N / F, K], for equal sizes): rows of every part; -1 where an id does not have it.
 
+        In training mode an adaptive encoding takes note of the ids.
+
         Args:
             ids: int64 [N], feature after feature.
             sizes: how many ids each feature has.
@@ -124,6 +137,9 @@ class Block(nn.Module):
                 self._complain(ids, outside.flatten(), sizes)
         constants = {name: self._spread(name, sizes) for name in self.names}
         rows: Tensor = self.encoding.rows(shaped, constants | self.arrays)
+        if self.training and self.encoding.adaptive:
+            with torch.no_grad():
+                self.encoding.observe(ids, self.arrays)
         return rows
 
     def requests(
@@ -225,6 +241,29 @@ class _Collection(nn.Module):
                 else:
                     generator = np.random.default_rng(abs(seed_of(space, 0, self.plan.seed)))
                     array.copy_(torch.from_numpy(encoding.initial(name, generator)))
+
+    @torch.no_grad()
+    def adapt(self, step: int, epoch: int | None = None) -> list[str]:
+        """Lets methods that reorganise themselves do so, where they say that it is time; to be called before a step.
+
+        What they do depends on the tables, the ids seen in training mode, the plan's seed and `step`, and on nothing
+        else, so a run that is resumed from a state dict goes on as if it had not stopped. The methods also move what
+        the fused optimizer remembers; what an optimizer of the torch backend remembers of a row stays with the row.
+
+        Args:
+            step: batches trained so far; nothing happens before the first.
+            epoch: epochs trained so far, where the coming batch is the first of an epoch; else None.
+
+        Returns:
+            The id spaces that were reorganised.
+        """
+        due = {space: e for space, e in self.plan.encodings.items() if e.adaptive and step > 0 and e.due(step, epoch)}
+        moments = self.lookup.optimizer_state() if due else {}
+        for space, encoding in due.items():
+            tables = {name: LiveTable(self.lookup.table(name), moments.get(name)) for name in encoding.tables}
+            generator = np.random.default_rng([abs(seed_of(space, 0, self.plan.seed)), step])
+            encoding.adapt(tables, self.arrays.of(space), generator)
+        return list(due)
 
     @torch.no_grad()
     def round_to_served(self) -> None:

@@ -52,8 +52,14 @@ class Plan:
         """Serving bytes of each physical table, and of each encoding's further arrays as "space.array"."""
         parts = {name: table.nbytes for name, table in self.tables.items()}
         for space, encoding in self.encodings.items():
-            parts |= {f"{space}.{name}": array.nbytes for name, array in encoding.arrays().items()}
+            parts |= {f"{space}.{name}": array.nbytes for name, array in encoding.arrays().items() if array.serving}
         return parts
+
+    @property
+    def training_nbytes(self) -> int:
+        """Bytes of what only training needs beside tables and optimizer state: the counters of adaptive methods."""
+        arrays = (array for encoding in self.encodings.values() for array in encoding.arrays().values())
+        return sum(array.nbytes for array in arrays if not array.serving)
 
     def encoding(self, feature: str) -> Encoding:
         """The encoding of a feature, by the feature's name."""
@@ -69,7 +75,7 @@ class Plan:
             encoding = self.encodings[feature.space]
             tables = [self.tables[name] for name in dict.fromkeys(encoding.tables)]
             own = [table.nbytes for table in tables if not table.shared]
-            own += [array.nbytes for array in encoding.arrays().values()]
+            own += [array.nbytes for array in encoding.arrays().values() if array.serving]
             size = format_bytes(sum(own)) if own else "shared"
             shape = " + ".join(table.shape for table in tables) or "no table"
             rows.append((feature.name, f"{feature.num_ids}", encoding.method, f"{len(encoding.tables)}", shape, size))
@@ -82,6 +88,8 @@ class Plan:
             f"total {format_bytes(self.nbytes)} ({self.nbytes} bytes; {asked}), "
             f"{ratio:.3g}x smaller than dense ({format_bytes(self.dense_nbytes)})"
         )
+        if self.training_nbytes:
+            lines.append(f"training also keeps counters of {format_bytes(self.training_nbytes)}, which are not served")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

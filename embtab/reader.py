@@ -56,11 +56,33 @@ def quotient_remainder(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndar
     return q + r if e["op"] == "sum" else q * r
 
 
+def clustered(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """In every chunk, the row that the id's pointer names plus the hashed row; chunks side by side."""
+    pointed, hashed = tables[e["tables"][0]], tables[e["tables"][-1]]
+    chunks = []
+    for j in range(e["chunks"]):
+        centroid = pointed[j * e["centroids"] : (j + 1) * e["centroids"]][arrays["pointers"][ids, j]]
+        rest = hashed[j * e["num_rows"] : (j + 1) * e["num_rows"]]
+        chunks.append(centroid + rest[hash_rows(ids, int(arrays["seeds"][j]), e["num_rows"])])
+    return np.concatenate(chunks, axis=1)
+
+
+def hot_or_shared(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """The row of the slot that holds the id; a hashed row behind the slots for the other ids."""
+    buckets = arrays["slots"].reshape(e["num_buckets"], 4)
+    bucket = hash_rows(ids, e["seeds"][0], e["num_buckets"])
+    found = buckets[bucket] == ids[:, None]
+    shared = buckets.size + hash_rows(ids, e["seeds"][1], e["num_rows"])
+    return tables[e["tables"][0]][np.where(found.any(axis=1), 4 * bucket + found.argmax(axis=1), shared)]
+
+
 DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]] = {
     "dense": dense,
     "hash": hashed,
     "unified": unified,
     "qr": quotient_remainder,
+    "cce": clustered,
+    "cafe": hot_or_shared,
 }
 
 

@@ -44,6 +44,9 @@ CASES = [
     Case("qr product", "qr"),
     Case("qr sum", {"name": "qr", "op": "sum"}),
     Case("qr concat", {"name": "qr", "op": "concat"}),
+    Case("cce", "cce", "0.5x"),
+    Case("cce, 2 chunks", {"name": "cce", "chunks": 2, "centroids": 300}, "0.5x"),
+    Case("cafe", "cafe"),
     Case("mixed", {"colour": "dense", "items": {"name": "qr", "op": "concat"}, "user": "qr", "*": "unified"}),
 ]
 
@@ -89,7 +92,17 @@ def batches(draw: st.DrawFn, plan: et.Plan) -> Bags:
 def tables_of(collection: torch.nn.Module) -> dict[str, np.ndarray]:
     """Physical tables, and further arrays as "space.array", read through the public state dict."""
     state = collection.state_dict()
-    return {key.split(".", 1)[1]: value.numpy() for key, value in state.items() if not key.endswith(".optimizer")}
+    beside = (".optimizer", ".training")  # what only training needs
+    return {key.split(".", 1)[1]: value.numpy() for key, value in state.items() if not key.endswith(beside)}
+
+
+def adapted(collection: torch.nn.Module) -> torch.nn.Module:
+    """The collection, once methods that adapt while training have seen some ids and reorganised themselves."""
+    seen = single_ids({f.name: np.arange(60) % f.num_ids for f in collection.plan.features})
+    with torch.no_grad():
+        collection(seen)
+    collection.adapt(step=1000, epoch=1)
+    return collection
 
 
 def single_ids(feature_ids: dict[str, np.ndarray]) -> KeyedJaggedTensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import CASES, DIM, EXTREMES, FEATURES, Bags, Case, batches, single_ids, tables_of
+from laws import CASES, DIM, EXTREMES, FEATURES, Bags, Case, adapted, batches, single_ids, tables_of
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
@@ -24,13 +24,13 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 def bag_collection(case: Case, backend: str) -> et.EmbeddingBagCollection:
     """A collection that no test trains."""
     torch.manual_seed(0)
-    return et.EmbeddingBagCollection(case.plan(), backend=backend, init_std=1.0)
+    return adapted(et.EmbeddingBagCollection(case.plan(), backend=backend, init_std=1.0))
 
 
 @cache
 def sequence_collection(case: Case, backend: str) -> et.EmbeddingCollection:
     torch.manual_seed(0)
-    return et.EmbeddingCollection(case.plan(), backend=backend, init_std=1.0)
+    return adapted(et.EmbeddingCollection(case.plan(), backend=backend, init_std=1.0))
 
 
 @every_backend

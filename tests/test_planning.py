@@ -1,5 +1,7 @@
 """Budgets are never exceeded and well used; requests that make no sense are refused in one line."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -37,10 +39,13 @@ def test_no_plan_exceeds_its_budget(case: Case, cardinalities: list[int], dim: i
             et.plan(features, case.method, error.min_bytes - 1, dim)
         return
     assert plan.nbytes <= budget
-    assert plan.nbytes == sum(table.num_rows * table.width * 4 for table in plan.tables.values())
+    arrays = [array for e in plan.encodings.values() for array in e.arrays().values() if array.serving]
+    assert plan.nbytes == sum(table.num_rows * table.width * 4 for table in plan.tables.values()) + sum(
+        math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays
+    )
     if dense <= budget:
         assert plan.nbytes == dense
-    elif case.name.startswith(("hash", "unified")) and budget >= 50 * dim * 4 * len(features):
+    elif case.name.startswith(("hash", "unified", "cafe")) and budget >= 50 * dim * 4 * len(features):
         assert plan.nbytes >= 0.9 * budget
 
 

@@ -1,6 +1,8 @@
 """Every method, by its name. Adding one: a file here, a line below, a row in tests/laws.py."""
 
 from embtab.methods.base import PRECISIONS, Encoding, Spec, Table
+from embtab.methods.cafe import CAFE
+from embtab.methods.cce import CCE
 from embtab.methods.dense import Dense
 from embtab.methods.hash import Hash
 from embtab.methods.qr import QR
@@ -11,6 +13,8 @@ METHODS: dict[str, type[Encoding]] = {
     "hash": Hash,
     "unified": Unified,
     "qr": QR,
+    "cce": CCE,
+    "cafe": CAFE,
 }
 
 __all__ = ["METHODS", "PRECISIONS", "Encoding", "Spec", "Table"]

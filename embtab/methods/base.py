@@ -97,16 +97,20 @@ class Spec:
         return space.num_ids * self.row_bytes(self.dim)
 
 
+BYTES = {"float32": 4, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
+
+
 @dataclass(frozen=True)
 class ArraySpec:
     """An array of an encoding beside its tables: a projection, a row map, codes. It counts in full.
 
     Args:
         shape: of the array.
-        dtype: "float32" for what is trained; "int8", "int16" or "int32" for what is looked up.
+        dtype: "float32" for what is trained; an integer type of BYTES for what is looked up.
         std: standard deviation of the first values of a trained array.
         mean: their mean.
         part: what a report calls these bytes.
+        serving: False for what only training needs (counters): saved in checkpoints, but no serving bytes.
     """
 
     shape: tuple[int, ...]
@@ -114,12 +118,12 @@ class ArraySpec:
     std: float = 0.0
     mean: float = 0.0
     part: str = "projections"
+    serving: bool = True
 
     @property
     def nbytes(self) -> int:
-        """Serving bytes."""
-        size = {"float32": 4, "int32": 4, "int16": 2, "int8": 1}[self.dtype]
-        return math.prod(self.shape) * size
+        """Bytes of the array, wherever they count."""
+        return math.prod(self.shape) * BYTES[self.dtype]
 
 
 class PartInit(NamedTuple):
@@ -127,6 +131,19 @@ class PartInit(NamedTuple):
 
     mean: float
     std: float
+
+
+class LiveTable(NamedTuple):
+    """A physical table in training, for a method that reorganises itself; writing to its tensors writes to it.
+
+    Args:
+        values: float [R, W], the rows.
+        moments: [R] or [R, W], what the optimizer fused into backward remembers of each row; None where it remembers
+            nothing or is outside (what an outer optimizer remembers of a row stays with the row).
+    """
+
+    values: Tensor
+    moments: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,8 @@ class Encoding(ABC):
     method: ClassVar[str]
     may_skip: ClassVar[bool] = False
     """Whether `rows` may give -1, for a part that an id does not have: it reads as zeros and trains nothing."""
+    adaptive: ClassVar[bool] = False
+    """Whether the method reorganises itself while it is trained, by `observe`, `due` and `adapt`."""
 
     @property
     def linear(self) -> bool:
@@ -188,6 +207,31 @@ class Encoding(ABC):
     def start(self, std: float) -> Sequence[PartInit]:
         """How the table of each part starts, so that composed entries have zero mean and standard deviation `std`."""
 
+    def observe(self, ids: Tensor, arrays: Mapping[str, Tensor]) -> None:
+        """Takes note, in the integer arrays, of the ids [N] of a batch in training; of nothing by default."""
+        return None
+
+    def due(self, step: int, epoch: int | None) -> bool:
+        """Whether `adapt` is to run before a step of training.
+
+        Args:
+            step: batches trained so far, above zero.
+            epoch: epochs trained so far, where the step is the first of an epoch; else None.
+        """
+        return False
+
+    def adapt(
+        self, tables: Mapping[str, LiveTable], arrays: Mapping[str, Tensor], generator: np.random.Generator
+    ) -> None:
+        """Reorganises tables and arrays in place. Only for adaptive methods.
+
+        Args:
+            tables: the physical tables, by name.
+            arrays: as of `arrays`, by name.
+            generator: the source of every random choice.
+        """
+        raise NotImplementedError(f"{self.method} does not adapt")
+
     @classmethod
     @abstractmethod
     def solve(cls, spaces: Sequence[Feature], budget: int | None, spec: Spec) -> Solution:
@@ -213,7 +257,7 @@ class Solution(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Serving bytes of tables and arrays."""
-        arrays = sum(array.nbytes for encoding in self.encodings for array in encoding.arrays().values())
+        arrays = sum(a.nbytes for encoding in self.encodings for a in encoding.arrays().values() if a.serving)
         return sum(table.nbytes for table in self.tables) + arrays
 
 
@@ -229,7 +273,7 @@ def fill(spaces: Sequence[Feature], budget: int | None, spec: Spec, method: str,
         spec: dimension and precision, which say what a dense table takes.
         method: for the error message.
         choose: (space, target bytes) -> the largest solution for this one space of at most `target` bytes, or its
-            smallest solution if nothing is that small. More target bytes never give a smaller solution.
+            smallest solution if nothing is that small. More target bytes never give a solution smaller by a row.
 
     Raises:
         InfeasibleBudget: when the smallest solutions together exceed the budget.

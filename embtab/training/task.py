@@ -61,6 +61,14 @@ class RankingTask(L.LightningModule):
         logits: Tensor = self.model(batch.dense, vectors.unflatten(1, (len(names), -1)))
         return logits
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Lets adaptive tables reorganise themselves, before a batch: a checkpoint is made after one, so a resumed run
+        does it exactly once, and nothing moves between the last epoch's training and its evaluation.
+        """
+        if isinstance(self.tables, EmbeddingBagCollection):
+            new_epoch = batch_idx == 0 and self.current_epoch > 0
+            self.tables.adapt(self.global_step, self.current_epoch if new_epoch else None)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean binary cross entropy of a batch, in nats.
 
