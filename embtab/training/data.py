@@ -10,8 +10,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from embtab.datasets.parquet import row_groups
 from embtab.datasets.reader import Batch, ParquetBatches
-from embtab.datasets.schema import Dataset
+from embtab.datasets.schema import SPLITS, Dataset
 from embtab.errors import UserError
 from embtab.features import Feature, read_features
 
@@ -30,7 +31,7 @@ class DataModule(L.LightningDataModule):
         features: its features, with counts.
 
     Raises:
-        DataError: when the folder is no prepared dataset.
+        DataError: when the folder is no prepared dataset, or a file of it is damaged.
     """
 
     def __init__(self, path: str, batch_size: int = 4096, seed: int = 0, num_workers: int = 0):
@@ -45,6 +46,9 @@ class DataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.dataset: Dataset = Dataset.load(self.path)
         self.features: list[Feature] = read_features(self.path)
+        for split in SPLITS:  # a damaged file is found here, before anything is trained or written
+            if self.dataset.rows(split):
+                row_groups(self.path, self.dataset, split)
         self._training: Epochs | None = None
         self._resume_from: dict[str, Any] = {}
 
