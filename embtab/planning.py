@@ -103,7 +103,10 @@ class Plan:
                 for f in self.features
             ],
             "encodings": {
-                space: {"method": e.method, **{k: _plain(v) for k, v in vars(e).items()}}
+                space: {
+                    "method": e.method,
+                    **{f.name: _plain(getattr(e, f.name)) for f in dataclasses.fields(e) if f.compare},
+                }
                 for space, e in self.encodings.items()
             },
             "tables": [dataclasses.asdict(table) for table in self.tables.values()],

@@ -155,6 +155,9 @@ class Encoding(ABC):
         num_ids: ids must lie in [0, num_ids); None where the method takes any int64.
         tables: the names of the K physical tables that the parts of a vector are read from. A method without tables
             is given its `rows` [N, K] themselves as its only part.
+
+    Fields of subclasses that do not compare (`field(compare=False)`) are no part of the plan's description: they hold
+    what first values are made of, and are absent from a plan that was read from a file.
     """
 
     dim: int
@@ -162,8 +165,6 @@ class Encoding(ABC):
     tables: tuple[str, ...]
 
     method: ClassVar[str]
-    may_skip: ClassVar[bool] = False
-    """Whether `rows` may give -1, for a part that an id does not have: it reads as zeros and trains nothing."""
     adaptive: ClassVar[bool] = False
     """Whether the method reorganises itself while it is trained, by `observe`, `due` and `adapt`."""
 
@@ -176,6 +177,11 @@ class Encoding(ABC):
     def variant(self) -> tuple:
         """What tells apart two encodings of one method that cannot be computed together, constants aside."""
         return ()
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether `rows` may give -1, for a part that an id does not have: it reads as zeros and trains nothing."""
+        return False
 
     def arrays(self) -> dict[str, ArraySpec]:
         """The arrays beside the tables, by name. Encodings that have any are computed feature by feature."""
