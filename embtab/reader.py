@@ -76,6 +76,45 @@ def hot_or_shared(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) 
     return tables[e["tables"][0]][np.where(found.any(axis=1), 4 * bucket + found.argmax(axis=1), shared)]
 
 
+def summed(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """The sum of hashed rows; where weighted, each times its number in a hashed row of scalars."""
+    read = zip(e["tables"], e["seeds"], e["num_rows"], strict=True)
+    parts = [tables[name][hash_rows(ids, seed, num_rows)] for name, seed, num_rows in read]
+    if not e["weighted"]:
+        return np.sum(parts, axis=0)
+    return np.einsum("knd,nk->nd", np.stack(parts[:-1]), parts[-1])
+
+
+def frequency_cut(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """Row `id` for the first `hot` ids, for others a hashed row behind those."""
+    hot = e["hot"]
+    behind = hot + hash_rows(ids, e["seed"], e["num_rows"] - hot)
+    return tables[e["tables"][0]][np.where((ids >= 0) & (ids < hot), ids, behind)]
+
+
+def scaled(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """The hashed row times the id's own number."""
+    rows, scalars = (tables[name] for name in e["tables"])
+    return rows[hash_rows(ids, e["seed"], e["num_rows"])] * scalars[ids]
+
+
+def robe(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """Chunks of one flat array, each from a hashed place that is a multiple of the table's width."""
+    table = tables[e["tables"][0]]
+    flat, width = table.reshape(-1), table.shape[1]
+    chunk = e["window"] * width
+    starts = [width * hash_rows(ids, seed, e["num_rows"] - e["window"] + 1) for seed in e["seeds"]]
+    return np.concatenate([flat[start[:, None] + np.arange(chunk)] for start in starts], axis=1)
+
+
+def tensor_train(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """Three rows of three cores, contracted over the two ranks."""
+    (q1, q2, q3), (r1, r2) = e["q"], e["ranks"]
+    rows = [tables[name][i] for name, i in zip(e["tables"], np.unravel_index(ids, e["p"]), strict=True)]
+    cores = rows[0].reshape(-1, q1, r1), rows[1].reshape(-1, r1, q2, r2), rows[2].reshape(-1, r2, q3)
+    return np.einsum("nar,nrbs,nsc->nabc", *cores).reshape(len(ids), q1 * q2 * q3)
+
+
 DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]] = {
     "dense": dense,
     "hash": hashed,
@@ -83,6 +122,11 @@ DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]
     "qr": quotient_remainder,
     "cce": clustered,
     "cafe": hot_or_shared,
+    "multihash": summed,
+    "freqcut": frequency_cut,
+    "memcom": scaled,
+    "robe": robe,
+    "tt": tensor_train,
 }
 
 

@@ -47,6 +47,14 @@ CASES = [
     Case("cce", "cce", "0.5x"),
     Case("cce, 2 chunks", {"name": "cce", "chunks": 2, "centroids": 300}, "0.5x"),
     Case("cafe", "cafe"),
+    Case("multihash", "multihash"),
+    Case("multihash, 3 hashes, tables apart", {"name": "multihash", "hashes": 3, "shared": False}),
+    Case("multihash weighted", {"name": "multihash", "weighted": True}),
+    Case("freqcut", "freqcut"),
+    Case("memcom", "memcom"),
+    Case("robe", "robe"),
+    Case("robe, exact", {"name": "robe", "chunk": 4, "granule": 1}),
+    Case("tt", "tt"),
     Case("mixed", {"colour": "dense", "items": {"name": "qr", "op": "concat"}, "user": "qr", "*": "unified"}),
 ]
 

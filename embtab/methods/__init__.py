@@ -4,8 +4,13 @@ from embtab.methods.base import PRECISIONS, Encoding, Spec, Table
 from embtab.methods.cafe import CAFE
 from embtab.methods.cce import CCE
 from embtab.methods.dense import Dense
+from embtab.methods.freqcut import FreqCut
 from embtab.methods.hash import Hash
+from embtab.methods.memcom import MEmCom
+from embtab.methods.multihash import MultiHash
 from embtab.methods.qr import QR
+from embtab.methods.robe import Robe
+from embtab.methods.tt import TensorTrain
 from embtab.methods.unified import Unified
 
 METHODS: dict[str, type[Encoding]] = {
@@ -15,6 +20,11 @@ METHODS: dict[str, type[Encoding]] = {
     "qr": QR,
     "cce": CCE,
     "cafe": CAFE,
+    "multihash": MultiHash,
+    "freqcut": FreqCut,
+    "memcom": MEmCom,
+    "robe": Robe,
+    "tt": TensorTrain,
 }
 
 __all__ = ["METHODS", "PRECISIONS", "Encoding", "Spec", "Table"]
