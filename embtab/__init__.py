@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from embtab.bundle import load, save
     from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
     from embtab.errors import InfeasibleBudget
     from embtab.features import Feature, read_features
@@ -28,8 +29,10 @@ _HOMES = {
     "Optimizer": "embtab.lookup",
     "Plan": "embtab.planning",
     "RankingTask": "embtab.training.task",
+    "load": "embtab.bundle",
     "plan": "embtab.planning",
     "read_features": "embtab.features",
+    "save": "embtab.bundle",
 }
 
 __all__ = [
@@ -42,8 +45,10 @@ __all__ = [
     "Optimizer",
     "Plan",
     "RankingTask",
+    "load",
     "plan",
     "read_features",
+    "save",
 ]
 
 

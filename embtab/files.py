@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -25,6 +26,12 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk, so that a rename after it never outlives its content."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it fails.
@@ -43,6 +50,37 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(beside, path)  # an empty folder at `path` is replaced too
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Like `new_folder`, but a folder that is at `path` already is exchanged for the new one in one step, and removed.
+
+    A process that is killed leaves the old folder or the new one at `path` (and perhaps a hidden one beside it).
+
+    Raises:
+        UserError: when the file system cannot exchange two folders.
+    """
+    if not path.is_dir():
+        with new_folder(path) as beside:
+            yield beside
+        return
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        _exchange(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchanges two folders' names: renameat2 with RENAME_EXCHANGE, which Python has no name for."""
+    here, exchange = -100, 2
+    if ctypes.CDLL(None, use_errno=True).renameat2(here, bytes(one), here, bytes(other), exchange):
+        reason = os.strerror(ctypes.get_errno())
+        raise UserError(f"{other}: cannot be replaced in one step ({reason}); remove it first, or write elsewhere")
 
 
 @contextmanager

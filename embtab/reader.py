@@ -9,10 +9,18 @@ the vector of each id and `lookup` pools them over bags.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from embtab.bundle_files import BundleError, check_files, check_finite, map_tensors, open_tensors, read_config
+from embtab.rows import Rows
+
+VOCABULARY = "vocabulary.safetensors"
 
 Encoding = Mapping[str, Any]
 Tables = Mapping[str, np.ndarray]
@@ -143,14 +151,9 @@ def vectors(plan: Mapping[str, Any], tables: Tables, feature: str, ids: np.ndarr
         KeyError: for a feature the plan does not have.
         IndexError: for an id outside [0, num_ids) where the method does not take any int64.
     """
-    entry = _feature(plan, feature)
-    space = entry["id_space"] or feature
+    space = _feature(plan, feature)["id_space"] or feature
     encoding = plan["encodings"][space]
-    bound = encoding["num_ids"]
-    if bound is not None and len(ids):
-        outside = (ids < 0) | (ids >= bound)
-        if outside.any():
-            raise IndexError(f"feature {feature!r}: id {ids[outside][0]} is outside [0, {bound})")
+    _refuse_outside(encoding["num_ids"], feature, ids)
     arrays = {name.removeprefix(f"{space}."): a for name, a in tables.items() if name.startswith(f"{space}.")}
     return DECODERS[encoding["method"]](encoding, tables, arrays, ids)
 
@@ -173,13 +176,17 @@ def lookup(
         offsets: int64 [B + 1]; bag b holds ids[offsets[b]:offsets[b + 1]].
         weights: float32 [N], factors of the vectors; a mean still divides by the number of ids.
     """
-    each = vectors(plan, tables, feature, ids)
+    return pool(vectors(plan, tables, feature, ids), offsets, _feature(plan, feature)["pooling"], weights)
+
+
+def pool(each: np.ndarray, offsets: np.ndarray, pooling: str, weights: np.ndarray | None = None) -> np.ndarray:
+    """float32 [B, D]: sums (or means) over bags of vectors [N, D] times their weights [N]; see `lookup`."""
     if weights is not None:
         each = each * weights[:, None]
     lengths = np.diff(offsets)
     pooled = np.zeros((len(lengths), each.shape[1]), dtype=each.dtype)
     np.add.at(pooled, np.repeat(np.arange(len(lengths)), lengths), each)
-    if _feature(plan, feature)["pooling"] == "mean":
+    if pooling == "mean":
         pooled /= np.maximum(lengths, 1)[:, None].astype(each.dtype)
     return pooled
 
@@ -189,3 +196,134 @@ def _feature(plan: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         if entry["name"] == name:
             return entry
     raise KeyError(f"no feature {name!r}; there are {', '.join(entry['name'] for entry in plan['features'])}")
+
+
+def _refuse_outside(bound: int | None, feature: str, ids: np.ndarray) -> None:
+    outside = np.zeros(0, bool) if bound is None else (ids < 0) | (ids >= bound)
+    if outside.any():
+        raise IndexError(f"feature {feature!r}: id {ids[outside][0]} is outside [0, {bound})")
+
+
+class Bundle:
+    """A bundle folder, opened: tables stay on disk, and only the rows that a lookup asks for are read and decoded.
+
+    Args:
+        path: the folder that `embtab.save` or `embtab export` wrote.
+        verify: read everything once to compare it with its sha256 and to find NaN, which takes about a second per
+            gigabyte; without it only names, sizes and headers are checked.
+
+    Raises:
+        BundleError: when a file is missing, altered, or not what config.json says.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = True) -> None:
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        check_files(self.path, self.config, verify)
+        self.plan: Mapping[str, Any] = self.config["plan"]
+        tensors = open_tensors(self.path, self.config["tensors"])
+        if verify:
+            check_finite(tensors, self.path)
+        self.tables = physical(self.plan, tensors)
+        self.features = [entry["name"] for entry in self.plan["features"]]
+
+    @classmethod
+    def of(cls, path: Path, plan: Mapping[str, Any], tables: Mapping[str, Any]) -> Bundle:
+        """A bundle that is being written: what `lookup` needs, without config.json."""
+        made = cls.__new__(cls)
+        made.path, made.config, made.plan, made.tables = path, {"files": {}}, plan, tables
+        made.features = [entry["name"] for entry in plan["features"]]
+        return made
+
+    def vectors(self, feature: str, ids: np.ndarray) -> np.ndarray:
+        """float32 [N, D]: the vector of each id.
+
+        Args:
+            feature: its name.
+            ids: integers [N]; uint64 is read as the int64 of the same 64 bits.
+
+        Raises:
+            KeyError: for an unknown feature.
+            IndexError: for an id outside [0, num_ids) where the method does not take any int64.
+            BundleError: when the description cannot be decoded.
+        """
+        ids = _integers(ids, "ids")
+        entry = _feature(self.plan, feature)
+        encoding = self.plan["encodings"][entry["id_space"] or feature]
+        _refuse_outside(encoding["num_ids"], feature, ids)
+        if encoding["method"] not in DECODERS:
+            raise BundleError(f"{self.path}: feature {feature!r}: no decoder for method {encoding['method']!r}")
+        try:
+            found = np.asarray(vectors(self.plan, self.tables, feature, ids), np.float32)
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise BundleError(f"{self.path}: feature {feature!r} cannot be decoded: {error!r}") from None
+        if found.shape != (len(ids), self.plan["dim"]):
+            raise BundleError(
+                f"{self.path}: feature {feature!r} gives {found.shape[1:]}, not {self.plan['dim']} numbers"
+            )
+        return found
+
+    def lookup(
+        self, feature: str, ids: np.ndarray, offsets: np.ndarray | None = None, weights: np.ndarray | None = None
+    ) -> np.ndarray:
+        """float32 [B, D]: the pooled vectors of bags, as `reader.lookup`; each id is a bag where `offsets` is None.
+
+        Args:
+            feature: its name.
+            ids: integers [N].
+            offsets: integers [B + 1] from 0 to N; bag b holds ids[offsets[b]:offsets[b + 1]].
+            weights: float [N], factors of the vectors.
+
+        Raises:
+            ValueError: for offsets or weights that do not fit the ids, or bags of a feature that is not pooled.
+            As `vectors` otherwise.
+        """
+        each = self.vectors(feature, ids)
+        offsets = np.arange(len(each) + 1) if offsets is None else _integers(offsets, "offsets")
+        if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(each) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"offsets must rise from 0 to the {len(each)} ids")
+        if weights is not None and np.shape(weights) != (len(each),):
+            raise ValueError(f"weights must have shape ({len(each)},), one per id; got {np.shape(weights)}")
+        pooling = _feature(self.plan, feature)["pooling"]
+        if pooling == "none" and (np.diff(offsets) != 1).any():
+            raise ValueError(f"feature {feature!r} is not pooled; use vectors")
+        return pool(each, offsets, pooling, None if weights is None else np.asarray(weights, np.float32))
+
+    def raw_ids(self, feature: str, values: Sequence[str]) -> np.ndarray:
+        """int64 [N]: the ids of raw values, by the vocabulary inside the bundle; 0 for values it does not hold.
+
+        Raises:
+            KeyError: when the bundle has no vocabulary of this feature.
+        """
+        known = self._vocabulary(feature)
+        return np.array([known.get(value, 0) for value in values], dtype=np.int64)
+
+    @cache  # noqa: B019 (a bundle is opened once)
+    def _vocabulary(self, feature: str) -> dict[str, int]:
+        held = map_tensors(self.path / VOCABULARY) if VOCABULARY in self.config["files"] else {}
+        if f"ends.{feature}" not in held:
+            raise KeyError(f"{self.path}: no vocabulary of feature {feature!r}")
+        text, ends = held[f"bytes.{feature}"].tobytes(), held[f"ends.{feature}"].tolist()
+        values = [text[first:last].decode("utf-8") for first, last in pairwise([0, *ends])]
+        # Id 0 stands for all other values and has no raw value of its own: it is empty unless it says otherwise.
+        return {value: i for i, value in enumerate(values) if i or value}
+
+
+def physical(plan: Mapping[str, Any], tensors: Tables) -> dict[str, Any]:
+    """Tables by name, decoded as they are read, and arrays as "space.array", from the tensors of a bundle."""
+    tables: dict[str, Any] = {
+        name.removeprefix("arrays."): tensor for name, tensor in tensors.items() if name.startswith("arrays.")
+    }
+    for table in plan["tables"]:
+        name = table["name"]
+        stored = tensors[f"rows.{name}"]
+        packed = Rows(stored, table["width"], tensors.get(f"scales.{name}"), tensors.get(f"offsets.{name}"))
+        tables[name] = stored if table["precision"] == "fp32" else packed
+    return tables
+
+
+def _integers(values: Any, what: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise ValueError(f"{what} must be one row of integers; got {array.dtype} {array.shape}")
+    return array.astype(np.int64)
