@@ -12,7 +12,8 @@ A slot is its id (8 bytes, counted). An empty slot holds an id of another bucket
 While training, `observe` counts ids in a count-min sketch (Cormode and Muthukrishnan, 2005) and keeps four candidates
 for every bucket; `adapt` gives the slots of a bucket to the four highest counts and halves all counts, so that ids fade
 ("TinyLFU", Einziger et al., 2017). A promoted id's row starts as a copy of the shared row it had, so its vector does
-not jump, and what the fused optimizer remembers is copied too. A demoted id reads its shared row again.
+not jump; the fused optimizer remembers nothing of it, so that it may soon leave the row that others shaped (on
+synthetic drift better than a copy of what the optimizer remembers). A demoted id reads its shared row again.
 
 Differs from the paper and its code (HugoZHL/CAFE):
 - importance is frequency, which the paper offers beside the gradient's norm: backward is fused and shows no gradient;
@@ -105,22 +106,23 @@ class CAFE(Encoding):
         return [PartInit(0.0, std)]
 
     def observe(self, ids: Tensor, arrays: Mapping[str, Tensor]) -> None:
-        """Counts ids; in each bucket the most frequent newcomer takes the weakest candidate's place if it beats it."""
+        """Counts the ids; newcomers change places with candidates of their bucket, strongest against weakest."""
         for cells, places in zip(arrays["sketch"], self._places(ids, arrays), strict=True):
             cells.index_add_(0, places, torch.ones_like(places, dtype=cells.dtype))
+        slots, candidates = (arrays[name].view(-1, SLOTS) for name in ("slots", "candidates"))
+        ids = ids.unique()
         buckets = self._bucket(ids)
-        known = [(arrays[name].view(-1, SLOTS)[buckets] == ids.unsqueeze(1)).any(1) for name in ("slots", "candidates")]
-        ids, buckets = (each[~(known[0] | known[1])] for each in (ids, buckets))
+        known = ((slots[buckets] == ids.unsqueeze(1)) | (candidates[buckets] == ids.unsqueeze(1))).any(1)
+        ids, buckets = ids[~known], buckets[~known]
         counts = self._counts(ids, arrays)
-        order = (buckets << 32 | counts).sort(stable=True).indices
+        order = (buckets << 32 | 2**31 - counts).sort(stable=True).indices
         ids, buckets, counts = ids[order], buckets[order], counts[order]
-        best = torch.ones_like(ids, dtype=torch.bool)
-        best[:-1] = buckets[:-1] != buckets[1:]
-        ids, buckets, counts = ids[best], buckets[best], counts[best]
-        candidates = arrays["candidates"].view(-1, SLOTS)
-        weakest, at = self._scores(candidates[buckets], buckets, arrays).min(1)
-        better = counts > weakest
-        candidates[buckets[better], at[better]] = ids[better]
+        rank = torch.arange(len(ids), device=ids.device) - torch.searchsorted(buckets, buckets)
+        first = rank < SLOTS
+        ids, buckets, counts, rank = ids[first], buckets[first], counts[first], rank[first].unsqueeze(1)
+        weakest, at = self._scores(candidates[buckets], buckets, arrays).sort(dim=1, stable=True)
+        better = counts > weakest.gather(1, rank).squeeze(1)
+        candidates[buckets[better], at.gather(1, rank).squeeze(1)[better]] = ids[better]
 
     def due(self, step: int, epoch: int | None) -> bool:
         """Every so many steps."""
@@ -139,9 +141,10 @@ class CAFE(Encoding):
         slot, candidate = at[bucket, rank], of[bucket, rank]
         promoted, demoted = candidates[bucket, candidate], slots[bucket, slot]
         shared = SLOTS * self.num_buckets + hash_rows(promoted, self.seeds[1], self.num_rows)
-        for tensor in tables[self.tables[0]]:
-            if tensor is not None:
-                tensor[SLOTS * bucket + slot] = tensor[shared]
+        values, moments = tables[self.tables[0]]
+        values[SLOTS * bucket + slot] = values[shared]
+        if moments is not None:
+            moments[SLOTS * bucket + slot] = 0
         slots[bucket, slot], candidates[bucket, candidate] = promoted, demoted
         arrays["sketch"].bitwise_right_shift_(1)
 
@@ -163,7 +166,7 @@ class CAFE(Encoding):
 
     @classmethod
     def solve(
-        cls, spaces: Sequence[Feature], budget: int | None, spec: Spec, *, hot: float = 0.5, every: int = 100
+        cls, spaces: Sequence[Feature], budget: int | None, spec: Spec, *, hot: float = 0.7, every: int = 100
     ) -> Solution:
         """A share `hot` of the bytes for exclusive rows and their slots, the rest for shared rows."""
         if not 0 < hot < 1:
