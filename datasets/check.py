@@ -215,12 +215,16 @@ def _wrong_number(column: pa.ChunkedArray) -> Defect | None:
     null = _null(column)
     if null:
         return null
-    values = column.to_numpy()
-    wrong = ~np.isfinite(values)
-    if not wrong.any():
-        return None
-    row = int(wrong.argmax())
-    return row, f"value {values[row]:g} is not finite"
+    start = 0
+    for chunk in column.chunks:
+        is_list = pa.types.is_list(chunk.type)
+        values = (chunk.flatten() if is_list else chunk).to_numpy()
+        wrong = ~np.isfinite(values)
+        if wrong.any():
+            at = int(wrong.argmax())
+            return start + (_row_of(chunk, at) if is_list else at), f"value {values[at]:g} is not finite"
+        start += len(chunk)
+    return None
 
 
 def _check_vocabulary(folder: Path, feature: Categorical, counts: NDArray[np.int64] | None) -> Iterator[Problem]:

@@ -226,7 +226,7 @@ class ParquetBatches(IterableDataset[Batch]):
             yield rows, max(start - begins[i], 0), min(stop, ends[i]) - begins[i]
 
     def _decode(self, window: list[RowGroup], index: int) -> Rows:
-        columns = self.dataset.arrow_schema().names
+        columns = [name for name in self.dataset.arrow_schema().names if name not in self.dataset.unread]
         tables = [read_columns(group, columns) for group in window]
         order = None
         if self.shuffle:

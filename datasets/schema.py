@@ -6,7 +6,8 @@
                                  (the raw value as a string) where the ids come from raw values
 
 Columns of the Parquet files: the label (float32, 0 or 1), dense columns (float32), features (int64, or list<int64>
-where `multi` is true). Each file carries the roles of its columns as JSON under the schema metadata key `embtab`.
+where `multi` is true), and the unread columns. Each file carries the roles of its columns as JSON under the schema
+metadata key `embtab`.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Dataset:
     label: str = "label"
     user: str | None = None
     """An int64 column that names the user of a row, for metrics grouped by user; it is not a model input."""
+    unread: tuple[str, ...] = ()
+    """list<float32> columns that batches do not hold: truths about generated data, for measurements."""
     files: tuple[PartFile, ...] = ()
     bayes: dict[str, float] | None = None
     """What the best possible ranker reaches on the test split (`auc`, `logloss`), where the data is generated."""
@@ -89,6 +92,8 @@ class Dataset:
             fields.append(pa.field(column.name, kind, nullable=False))
         if self.user is not None and self.user not in {f.name for f in fields}:
             fields.append(pa.field(self.user, pa.int64(), nullable=False))
+        numbers = pa.list_(pa.field("element", pa.float32(), nullable=False))
+        fields += [pa.field(name, numbers, nullable=False) for name in self.unread]
         roles = {
             "format": "embtab-dataset",
             "version": 1,
@@ -122,6 +127,7 @@ class Dataset:
             described["features"] = tuple(Categorical(**column) for column in described["features"])
             described["files"] = tuple(PartFile(**part) for part in described["files"])
             described["dense"] = tuple(described["dense"])
+            described["unread"] = tuple(described.get("unread", ()))
             return cls(**described)
         except (KeyError, TypeError) as error:
             raise DataError(f"{folder}/dataset.json: {error}; prepare the data again") from error

@@ -76,7 +76,7 @@ def prepare(
     teacher = make_teacher(scale=scale, seed=seed, multi=multi, dim=dim, ctr=ctr, signal=signal)
     dataset = Dataset("synthetic", teacher.features, teacher.dense, source={"kind": "synthetic", **options})
     counts = {feature.name: np.zeros(feature.num_ids, np.int64) for feature in teacher.features}
-    bayes = _Ranking()
+    bayes = Ranking()
     with new_folder(Path(out)) as folder, tqdm(total=rows, unit="row", unit_scale=True, desc="synthetic") as bar:
         start = 0
         for split, size in split_sizes(rows, valid, test).items():
@@ -90,7 +90,7 @@ def prepare(
                         bayes.add(table["label"].to_numpy(), log_odds)
                     bar.update(len(table))
             start += size
-        _write_counts(folder / "vocab", counts)
+        write_counts(folder / "vocab", counts)
         dataset = replace(dataset, files=describe_files(folder), bayes=bayes.result())
         dataset.save(folder)
     return dataset
@@ -163,7 +163,8 @@ def _count(table: pa.Table, counts: dict[str, NDArray[np.int64]]) -> None:
             np.add.at(seen, ids.to_numpy(), 1)
 
 
-def _write_counts(folder: Path, counts: dict[str, NDArray[np.int64]]) -> None:
+def write_counts(folder: Path, counts: dict[str, NDArray[np.int64]]) -> None:
+    """Writes vocabularies of ids that come from no raw values."""
     folder.mkdir()
     schema = pa.schema([pa.field("count", pa.int64(), nullable=False)])
     for name, seen in counts.items():
@@ -178,7 +179,7 @@ def _no_counts() -> NDArray[np.int64]:
 
 
 @dataclass
-class _Ranking:
+class Ranking:
     """AUC and log loss of a stream of labels and logits in constant memory.
 
     The AUC counts pairs of logits within 2^-15 of each other as ties, about one pair in 10^5, and a tie counts half.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from embtab import __version__
+from embtab import __version__, bundle_commands
 from embtab.errors import UserError
 
 TRAINING = {
@@ -63,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
     _add_compare(commands.add_parser("compare", help="compare methods at equal bytes: methods x budgets x seeds"))
+    bundle_commands.add_export(commands.add_parser("export", help="write a checkpoint's tables as a bundle"))
+    bundle_commands.add_import(commands.add_parser("import", help="fit dense tables into a plan, and write a bundle"))
+    bundle_commands.add_verify(commands.add_parser("verify", help="recompute a bundle's golden vectors"))
+    bundle_commands.add_inspect(commands.add_parser("inspect", help="show what is inside a bundle"))
     return parser
 
 
@@ -105,9 +109,35 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     _add_shares(synthetic, 0.1, 0.1)
     synthetic.set_defaults(run=_prepare_synthetic)
 
-    for kind in (criteo, movielens, frappe, synthetic):
+    sequences = kinds.add_parser("sequences", help="behaviour logs: each target with the events before it")
+    _add_sequences(sequences)
+
+    for kind in (criteo, movielens, frappe, synthetic, sequences):
         kind.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset folder to make")
         kind.add_argument("--if-absent", action="store_true", help="do nothing where DIR is a dataset already")
+
+
+def _add_sequences(parser: argparse.ArgumentParser) -> None:
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument("raw", type=Path, nargs="?", metavar="RAW", help="a log, or the folder of ml-100k")
+    sources.add_argument("--generate", action="store_true", help="long histories whose best possible AUC is known")
+    log = parser.add_argument_group("of a log")
+    log.add_argument("--kind", default="auto", help="auto (by the name), s3rec, ml-100k, taobao or amazon")
+    log.add_argument("--split", default="leave-one-out", help="or time (default %(default)s)")
+    log.add_argument("--max-history", type=int, default=200, help="events kept, the last ones (default %(default)s)")
+    log.add_argument("--targets", type=int, default=20, help="training targets per user (default %(default)s)")
+    log.add_argument("--negatives", type=int, default=1, help="per training target (default %(default)s)")
+    log.add_argument("--eval-negatives", type=int, default=99, help="of other targets (default %(default)s)")
+    log.add_argument("--sampler", default="uniform", help="of negatives; or popularity (default %(default)s)")
+    log.add_argument("--min-events", type=int, default=3, help="of a user that is kept (default %(default)s)")
+    generated = parser.add_argument_group("with --generate")
+    generated.add_argument("--users", type=int, default=5_000, help="(default %(default)s)")
+    generated.add_argument("--length", type=int, default=200, help="of histories, give or take a quarter (default 200)")
+    generated.add_argument("--items", type=int, default=5_000, help="(default %(default)s)")
+    generated.add_argument("--interests", type=int, default=50, help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    _add_shares(parser, 0.1, 0.1)
+    parser.set_defaults(run=_prepare_sequences)
 
 
 def _add_shares(parser: argparse.ArgumentParser, valid: float, test: float) -> None:
@@ -177,6 +207,39 @@ def _prepare_synthetic(arguments: argparse.Namespace) -> None:
         _say_prepared(arguments.out, dataset)
 
 
+def _prepare_sequences(arguments: argparse.Namespace) -> None:
+    from embtab.datasets import long_histories, sequences
+
+    if _skipped(arguments):
+        return
+    shares = {"valid": arguments.valid, "test": arguments.test, "seed": arguments.seed}
+    if arguments.generate:
+        dataset = long_histories.prepare(
+            arguments.out,
+            users=arguments.users,
+            min_length=arguments.length - arguments.length // 4,
+            max_length=arguments.length + arguments.length // 4,
+            items=arguments.items,
+            interests=arguments.interests,
+            **shares,
+        )
+    else:
+        dataset = sequences.prepare(
+            arguments.raw,
+            arguments.out,
+            kind=arguments.kind,
+            split=arguments.split,
+            max_history=arguments.max_history,
+            targets=arguments.targets,
+            negatives=arguments.negatives,
+            eval_negatives=arguments.eval_negatives,
+            sampler=arguments.sampler,
+            min_events=arguments.min_events,
+            **shares,
+        )
+    _say_prepared(arguments.out, dataset)
+
+
 def _say_prepared(out: Path, dataset: object) -> None:
     from embtab.datasets.schema import SPLITS, Dataset
 
@@ -220,7 +283,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from embtab.features import read_features
     from embtab.planning import plan
 
-    options = dict(_option(text) for text in arguments.option)
+    options = dict(read_option(text) for text in arguments.option)
     features = read_features(arguments.dir)
     made = plan(
         features,
@@ -234,7 +297,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(made.describe())
 
 
-def _option(text: str) -> tuple[str, int | float | str]:
+def read_option(text: str) -> tuple[str, int | float | str]:
+    """A method's option from "KEY=VALUE"."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise UserError(f"--option {text!r}: write KEY=VALUE, such as op=sum")
