@@ -123,11 +123,41 @@ def tensor_train(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -
     return np.einsum("nar,nrbs,nsc->nabc", *cores).reshape(len(ids), q1 * q2 * q3)
 
 
+def partitions(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """A row per modulus, by the digits of the id in a mixed radix (the first the least) or by its residues."""
+    rows, rest = [], ids
+    for name, modulus in zip(e["tables"], e["moduli"], strict=True):
+        rows.append(tables[name][rest % modulus])
+        rest = rest // modulus if e["kind"] == "radix" else ids
+    if e["op"] == "concat":
+        return np.concatenate(rows, axis=1)
+    return np.sum(rows, axis=0) if e["op"] == "sum" else np.prod(rows, axis=0)
+
+
+def low_rank(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """The narrow row, projected."""
+    return tables[e["tables"][0]][ids] @ arrays["projection"]
+
+
+def mixed_dim(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """The row of the block that holds the id (or its rank), projected unless it is wide enough."""
+    at = arrays["ranks"][ids] if e["mapped"] else ids
+    block = np.searchsorted(e["starts"], at, side="right") - 1
+    vectors = np.zeros((len(ids), e["dim"]), dtype=np.float32)
+    for b, name in enumerate(e["tables"]):
+        rows = tables[name][at[block == b] - e["starts"][b]]
+        vectors[block == b] = rows if e["widths"][b] == e["dim"] else rows @ arrays[f"projection{b}"]
+    return vectors
+
+
 DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]] = {
     "dense": dense,
     "hash": hashed,
     "unified": unified,
     "qr": quotient_remainder,
+    "partitions": partitions,
+    "lowrank": low_rank,
+    "mixed_dim": mixed_dim,
     "cce": clustered,
     "cafe": hot_or_shared,
     "multihash": summed,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,23 @@ class Case:
     name: str
     method: Any
     budget: Any = "0.3x"
+    counts: Callable[[int], np.ndarray] | None = None
+    """How often each of n ids occurs, for methods that must know it."""
 
     def plan(self, features: list[et.Feature] = FEATURES, dim: int = DIM, seed: int = 0) -> et.Plan:
+        if self.counts:
+            features = [replace(feature, counts=self.counts(feature.num_ids)) for feature in features]
         return et.plan(features, self.method, self.budget, dim, seed)
+
+
+def falling(n: int) -> np.ndarray:
+    """Counts of ids numbered by frequency."""
+    return 10_000 // np.arange(1, n + 1)
+
+
+def shuffled(n: int) -> np.ndarray:
+    """Counts of ids in no order."""
+    return np.random.default_rng(n).permutation(falling(n))
 
 
 CASES = [
@@ -55,6 +70,12 @@ CASES = [
     Case("robe", "robe"),
     Case("robe, exact", {"name": "robe", "chunk": 4, "granule": 1}),
     Case("tt", "tt"),
+    Case("partitions", "partitions"),
+    Case("partitions crt concat", {"name": "partitions", "kind": "crt", "op": "concat", "parts": 4}),
+    Case("lowrank", "lowrank"),
+    Case("mixed_dim", "mixed_dim"),
+    Case("mixed_dim blocks", {"name": "mixed_dim", "blocks": 6}, "0.4x", counts=falling),
+    Case("mixed_dim blocks, mapped", {"name": "mixed_dim", "blocks": 6}, "0.4x", counts=shuffled),
     Case("mixed", {"colour": "dense", "items": {"name": "qr", "op": "concat"}, "user": "qr", "*": "unified"}),
 ]
 

@@ -6,8 +6,11 @@ from embtab.methods.cce import CCE
 from embtab.methods.dense import Dense
 from embtab.methods.freqcut import FreqCut
 from embtab.methods.hash import Hash
+from embtab.methods.lowrank import LowRank
 from embtab.methods.memcom import MEmCom
+from embtab.methods.mixed_dim import MixedDim
 from embtab.methods.multihash import MultiHash
+from embtab.methods.partitions import Partitions
 from embtab.methods.qr import QR
 from embtab.methods.robe import Robe
 from embtab.methods.tt import TensorTrain
@@ -18,6 +21,9 @@ METHODS: dict[str, type[Encoding]] = {
     "hash": Hash,
     "unified": Unified,
     "qr": QR,
+    "partitions": Partitions,
+    "lowrank": LowRank,
+    "mixed_dim": MixedDim,
     "cce": CCE,
     "cafe": CAFE,
     "multihash": MultiHash,

@@ -17,15 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
 from embtab.methods.dense import dense_solution
-
-OPS = ("concat", "sum", "product")
+from embtab.methods.partitions import combined, part_std, part_width
 
 
 @dataclass(frozen=True)
@@ -59,24 +56,16 @@ class QR(Encoding):
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """Concatenation, sum or product of the two rows."""
-        quotient, remainder = parts
-        if self.op == "concat":
-            return torch.cat(tuple(parts), dim=-1)
-        return quotient + remainder if self.op == "sum" else quotient * remainder
+        return combined(self.op, parts)
 
     def start(self, std: float) -> Sequence[PartInit]:
         """Variances add in a sum and multiply in a product of independent zero-mean parts."""
-        part = {"concat": std, "sum": std / math.sqrt(2), "product": math.sqrt(std)}[self.op]
-        return [PartInit(0.0, part)] * 2
+        return [PartInit(0.0, part_std(self.op, std, 2))] * 2
 
     @classmethod
     def solve(cls, spaces: Sequence[Feature], budget: int | None, spec: Spec, *, op: str = "product") -> Solution:
         """The fewest collisions that fit each space's share; spaces that would not shrink stay dense."""
-        if op not in OPS:
-            raise UserError(f"qr: op must be one of {', '.join(OPS)}; got {op!r}")
-        if op == "concat" and spec.dim % 2:
-            raise UserError(f"qr: op 'concat' halves the dimension, so dim must be even; got dim={spec.dim}")
-        width = spec.dim // 2 if op == "concat" else spec.dim
+        width = part_width(cls.method, op, spec.dim, 2)
 
         def nbytes(num_ids: int, collisions: int) -> int:
             return (-(-num_ids // collisions) + collisions) * spec.row_bytes(width)
