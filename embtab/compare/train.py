@@ -87,7 +87,7 @@ def _model(sweep: Sweep, num_dense: int, num_features: int) -> torch.nn.Module:
     classes = {
         key: value
         for key, value in vars(embtab.models).items()
-        if inspect.isclass(value) and issubclass(value, torch.nn.Module)
+        if inspect.isclass(value) and issubclass(value, torch.nn.Module) and value not in embtab.models.SEQUENCE_MODELS
     }
     if name not in classes:
         raise UserError(f"unknown model {name!r}; there are {', '.join(classes)}")
