@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from embtab.lookup import Optimizer
     from embtab.methods import METHODS
     from embtab.planning import Plan, plan
+    from embtab.sharding.strategy import TorchRecStrategy
     from embtab.training.data import DataModule
     from embtab.training.task import RankingTask
 
@@ -29,6 +30,7 @@ _HOMES = {
     "Optimizer": "embtab.lookup",
     "Plan": "embtab.planning",
     "RankingTask": "embtab.training.task",
+    "TorchRecStrategy": "embtab.sharding.strategy",
     "load": "embtab.bundle",
     "plan": "embtab.planning",
     "read_features": "embtab.features",
@@ -45,6 +47,7 @@ __all__ = [
     "Optimizer",
     "Plan",
     "RankingTask",
+    "TorchRecStrategy",
     "load",
     "plan",
     "read_features",

@@ -25,7 +25,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import seed_of
-from embtab.lookup import FbgemmLookup, Optimizer, Request, make_lookup
+from embtab.lookup import Lookup, Optimizer, Request, make_lookup, slot
 from embtab.methods import Encoding
 from embtab.methods.base import LiveTable
 from embtab.planning import Plan
@@ -92,6 +92,7 @@ class Block(nn.Module):
         self.features = list(features)
         self.encoding = encodings[0]
         self.widths = list(widths)
+        self.slots = [[slot(feature.name, k) for feature in features] for k in range(len(self.widths))]
         self.bounded = self.encoding.num_ids is not None
         self.has_mean = any(feature.pooling == "mean" for feature in features)
         constants = [encoding.constants() for encoding in encodings]
@@ -104,6 +105,10 @@ class Block(nn.Module):
 
     def _buffer(self, name: str, value: Tensor) -> None:
         self.register_buffer(f"{name}_", value, persistent=False)
+
+    def set_bases(self, bases: Tensor) -> None:
+        """Changes the offsets of the parts' tables: int64 [F, K]."""
+        self.get_buffer("bases_").copy_(bases)
 
     def _spread(self, name: str, sizes: Sequence[int]) -> Tensor:
         """A constant [F, K] for ids laid out feature after feature: [F, 1, K] for equal sizes, else [N, K]."""
@@ -157,12 +162,14 @@ class Block(nn.Module):
             return []
         shifted = _parts(rows + self._spread("bases", sizes))
         if not self.encoding.may_skip:
-            return [Request(width, part, lengths, weights) for width, part in zip(self.widths, shifted, strict=True)]
+            asked = zip(self.widths, shifted, self.slots, strict=True)
+            return [Request(width, part, lengths, weights, slots, sizes) for width, part, slots in asked]
         # A part that is not there reads row 0 with weight 0: zeros out, and a zero gradient.
         there = _parts(rows) >= 0
         factors = there.float() if weights is None else there * weights
         kept = torch.where(there, shifted, 0)
-        return [Request(width, kept[k], lengths, factors[k]) for k, width in enumerate(self.widths)]
+        each = enumerate(zip(self.widths, self.slots, strict=True))
+        return [Request(width, kept[k], lengths, factors[k], slots, sizes) for k, (width, slots) in each]
 
     def combine(self, rows: Tensor, answers: Iterator[Tensor], stride: int | None) -> Tensor:
         """Vectors [N, D]; or, where bags were pooled, [B, F, D].
@@ -280,14 +287,23 @@ class _Collection(nn.Module):
                 raise UserError(f"table {name!r} cannot be served in {table.precision}: {error}") from None
 
     def set_learning_rate(self, lr: float) -> None:
-        """Changes the table optimizer's learning rate; only for the fbgemm backend.
+        """Changes the table optimizer's learning rate; not for the torch backend, whose optimizer is outside.
 
         Raises:
-            UserError: for the torch backend, whose optimizer is outside.
+            UserError: for the torch backend.
         """
-        if not isinstance(self.lookup, FbgemmLookup):
-            raise UserError("the torch backend has no optimizer of its own; change the learning rate of yours")
         self.lookup.set_learning_rate(lr)
+
+    def pools(self, encoding: Encoding) -> bool:
+        """Whether the lookup sums bags of an encoding's parts, or is asked for the parts of every id."""
+        return encoding.linear
+
+    def replace_lookup(self, lookup: Lookup) -> None:
+        """Puts another lookup in place of the collection's, with the same tables, and the same values in them."""
+        lookup.load_state_dict(self.lookup.state_dict())
+        self.lookup = lookup
+        for block in self._each_block():
+            block.set_bases(_bases(self.plan, block.features, lookup.base))
 
     def _arranged(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The plan's features, in block order."""
@@ -358,12 +374,12 @@ class EmbeddingBagCollection(_Collection):
         all_rows = [block.rows(ids, sizes) for block, ids, _, _, sizes in pieces]
         requests: list[Request] = []
         for (block, _, lengths, weights, sizes), rows in zip(pieces, all_rows, strict=True):
-            linear = block.encoding.linear
-            requests += block.requests(rows, sizes, lengths if linear else None, weights if linear else None)
+            pools = self.pools(block.encoding)
+            requests += block.requests(rows, sizes, lengths if pools else None, weights if pools else None)
         answers = iter(self.lookup(requests))
         outputs: list[Tensor] = []
         for (block, _, lengths, weights, _), rows in zip(pieces, all_rows, strict=True):
-            if block.encoding.linear:
+            if self.pools(block.encoding):
                 sums = block.combine(rows, answers, stride)
             else:
                 sums = _per_bag(block.pool(block.combine(rows, answers, None), lengths, weights), stride)
@@ -401,6 +417,10 @@ class EmbeddingCollection(_Collection):
 
     Takes the same arguments as `EmbeddingBagCollection`; pooling of the features is left to the model.
     """
+
+    def pools(self, encoding: Encoding) -> bool:
+        """Never: the model asks for every id."""
+        return False
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """The vectors of every feature's ids, in their order.
@@ -451,9 +471,14 @@ def _blocks(plan: Plan, base: Mapping[str, int], arrays: Arrays) -> list[Block]:
     blocks = []
     for (_, _, widths, _, _), members in grouped.items():
         encodings = [plan.encodings[member.space] for member in members]
-        bases = torch.tensor([[base[name] for name in encoding.tables] for encoding in encodings])
-        blocks.append(Block(members, encodings, widths, bases, arrays))
+        blocks.append(Block(members, encodings, widths, _bases(plan, members, base), arrays))
     return blocks
+
+
+def _bases(plan: Plan, features: Sequence[Feature], base: Mapping[str, int]) -> Tensor:
+    """int64 [F, K]: the offset of the table of every part."""
+    encodings = [plan.encodings[feature.space] for feature in features]
+    return torch.tensor([[base[name] for name in encoding.tables] for encoding in encodings], dtype=torch.int64)
 
 
 def _parts(rows: Tensor) -> Tensor:

@@ -4,10 +4,12 @@
 
     N rows to read   B bags   W width of the table   R rows of all tables of one width
 
-Tables of one width are stacked into one matrix, and a method's rows are already offset by `base`. One call then serves
-every table of that width, whatever the number of bags, and a batch of any shape is one kernel launch a width. (Measured
+In the two backends of this file tables of one width are stacked into one matrix, and a method's rows are already offset
+by `base`. One call then serves every table of that width, whatever the number of bags, and a batch of any shape is one
+kernel launch a width. (Measured
 for 26 tables of 100k rows x 16, batch 4096, uniform ids, one thread: forward, backward and update take 0.62 of the time
-of the same kernel with 26 separate tables; two chunks of width 8 in one table 0.57.)
+of the same kernel with 26 separate tables; two chunks of width 8 in one table 0.57.) A third backend, which spreads
+tables over processes, is in `embtab.sharding.lookup`.
 """
 
 from __future__ import annotations
@@ -55,24 +57,76 @@ class Request:
 
     Args:
         width: W.
-        rows: int64 [N], offset by the tables' `base`.
-        lengths: int64 [B], rows in each bag; None where every row is a bag of its own.
+        rows: int64 [N], offset by the tables' `base`, slot after slot.
+        lengths: int64 [B], rows in each bag, equally many bags a slot; None where every row is a bag of its own.
         weights: float32 [N] factors of the rows, or None.
+        slots: who asks: one name per feature and part, see `slot`. Only a backend that shards tables needs them.
+        sizes: rows of each slot.
     """
 
     width: int
     rows: Tensor
     lengths: Tensor | None
     weights: Tensor | None = None
+    slots: Sequence[str] = ()
+    sizes: Sequence[int] = ()
+
+
+def slot(feature: str, part: int) -> str:
+    """The name of a feature's k-th part: always the same table, read by always the same feature."""
+    return f"{feature}@{part}"
 
 
 class Lookup(NamedState):
-    """The physical tables, stacked by width. `state_dict` names them one by one, the same in every backend."""
+    """The physical tables. `state_dict` names them one by one, the same in every backend.
+
+    Attributes:
+        base: what to add to a row of a table, by the table's name.
+    """
 
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__()
         self.tables = {table.name: table for table in tables}
-        self.base: dict[str, int] = {}
+        self.base = dict.fromkeys(self.tables, 0)
+
+    @abstractmethod
+    def forward(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Answers each request with its sums [B, W]."""
+
+    @abstractmethod
+    def table(self, name: str) -> Tensor:
+        """The matrix [num_rows, W] of one table, detached: writing to it writes to the table."""
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What the backend's own optimizer remembers, detached, by table; empty where the optimizer is outside."""
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Changes the learning rate of all tables from the next backward on.
+
+        Raises:
+            UserError: where the optimizer is outside.
+        """
+        raise UserError("the torch backend has no optimizer of its own; change the learning rate of yours")
+
+    def named_state(self) -> dict[str, Tensor]:
+        """The tables."""
+        return {name: self.table(name) for name in self.tables}
+
+    def optional_state(self) -> dict[str, Tensor]:
+        """What the backend's optimizer remembers; a backend whose optimizer is outside leaves it aside."""
+        return {f"{name}.optimizer": state for name, state in self.optimizer_state().items()}
+
+    def is_optional(self, name: str) -> bool:
+        """Whether it is some backend's optimizer state of a table that is here."""
+        return name.endswith(".optimizer") and name.removesuffix(".optimizer") in self.tables
+
+
+class StackedLookup(Lookup):
+    """Tables stacked by width."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        super().__init__(tables)
         self.stacked_rows: dict[int, int] = {}
         for table in tables:
             self.base[table.name] = self.stacked_rows.get(table.width, 0)
@@ -86,12 +140,8 @@ class Lookup(NamedState):
     def sum_bags(self, width: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """[B, W]: sums of (weighted) rows; bag b holds rows[offsets[b]:offsets[b + 1]]."""
 
-    @abstractmethod
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """What the backend's own optimizer remembers, detached, by table; empty where the optimizer is outside."""
-
     def table(self, name: str) -> Tensor:
-        """The matrix [num_rows, W] of one table, detached: writing to it writes to the table."""
+        """A part of the matrix."""
         table = self.tables[name]
         return self.stack(table.width)[self.base[name] : self.base[name] + table.num_rows]
 
@@ -106,18 +156,6 @@ class Lookup(NamedState):
             for i, part in zip(chosen, sums.split(sizes), strict=True):
                 answers[i] = part
         return [answer for answer in answers if answer is not None]
-
-    def named_state(self) -> dict[str, Tensor]:
-        """The tables."""
-        return {name: self.table(name) for name in self.tables}
-
-    def optional_state(self) -> dict[str, Tensor]:
-        """What the backend's optimizer remembers; a backend whose optimizer is outside leaves it aside."""
-        return {f"{name}.optimizer": state for name, state in self.optimizer_state().items()}
-
-    def is_optional(self, name: str) -> bool:
-        """Whether it is some backend's optimizer state of a table that is here."""
-        return name.endswith(".optimizer") and name.removesuffix(".optimizer") in self.tables
 
 
 def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -138,7 +176,7 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-class TorchLookup(Lookup):
+class TorchLookup(StackedLookup):
     """Plain torch: the tables are parameters, trained by any torch optimizer. The reference.
 
     Args:
@@ -173,7 +211,7 @@ class TorchLookup(Lookup):
         return {}
 
 
-class FbgemmLookup(Lookup):
+class FbgemmLookup(StackedLookup):
     """fbgemm's table-batched lookups with the optimizer fused into backward; fastest, and no gradient is ever stored.
 
     The tables are no torch parameters: `parameters()` does not list them, and no outer optimizer can touch them.
@@ -210,7 +248,7 @@ class FbgemmLookup(Lookup):
         }[self.optimizer.name]
         return {
             width: SplitTableBatchedEmbeddingBagsCodegen(
-                [(rows, _padded(width), place, compute)],
+                [(rows, padded(width), place, compute)],
                 optimizer=kind,
                 learning_rate=self.optimizer.lr,
                 eps=self.optimizer.eps,
@@ -232,7 +270,7 @@ class FbgemmLookup(Lookup):
             with torch.inference_mode(False), torch.no_grad():
                 return self.sum_bags(width, rows, offsets, weights)
         sums: Tensor = self._kernels[width](rows, offsets, weights)
-        return sums if width == _padded(width) else sums[:, :width]
+        return sums if width == padded(width) else sums[:, :width]
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Second moments: [num_rows] for rowwise_adagrad, [num_rows, W] for adagrad, nothing for sgd."""
@@ -242,7 +280,7 @@ class FbgemmLookup(Lookup):
         for name, table in self.tables.items():
             moments = self._kernels[table.width].split_optimizer_states()[0][0].detach()
             if self.optimizer.name == "adagrad":
-                moments = moments.view(-1, _padded(table.width))[:, : table.width]
+                moments = moments.view(-1, padded(table.width))[:, : table.width]
             states[name] = moments[self.base[name] : self.base[name] + table.num_rows]
         return states
 
@@ -262,7 +300,8 @@ class FbgemmLookup(Lookup):
         return self
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
+    """The width of rows inside fbgemm: the next multiple of 4."""
     return -(-width // 4) * 4
 
 
@@ -280,4 +319,5 @@ def make_lookup(
         if optimizer is not None:
             raise UserError("the torch backend has no optimizer of its own; give tables.parameters() to a torch one")
         return TorchLookup(tables, device)
-    raise UserError(f"unknown lookup backend {backend!r}; there are torch and fbgemm")
+    hint = "; tables are sharded by the Trainer's strategy, embtab.TorchRecStrategy()" if backend == "torchrec" else ""
+    raise UserError(f"unknown lookup backend {backend!r}; there are torch and fbgemm{hint}")

@@ -20,6 +20,13 @@ class NamedState(nn.Module):
         """The same for what is saved, but may be absent or of another kind when it is loaded."""
         return {}
 
+    def assign(self, target: Tensor, saved: Tensor) -> bool:
+        """Writes a saved tensor into one of the module's; False if it does not fit."""
+        if saved.shape != target.shape:
+            return False
+        target.copy_(saved)
+        return True
+
     def is_optional(self, name: str) -> bool:
         """Whether a saved name that is not known here may be left aside."""
         return False
@@ -44,10 +51,8 @@ class NamedState(nn.Module):
             if saved is None:
                 if name in required:
                     missing_keys.append(prefix + name)
-            elif saved.shape != target.shape:
+            elif not self.assign(target, saved):
                 error_msgs.append(f"{prefix}{name}: saved shape {tuple(saved.shape)}, here {tuple(target.shape)}")
-            else:
-                target.copy_(saved)
         for key in state_dict:
             name = key.removeprefix(prefix)
             if key.startswith(prefix) and name not in required and not self.is_optional(name):

@@ -1,0 +1,318 @@
+"""The third lookup backend: tables spread over the processes of torch.distributed by torchrec.
+
+    rows of slots --all-to-all--> the processes that hold them --sum--> parts --all-to-all--> back
+
+A *slot* is one part of one feature; to torchrec it is a feature of its own, whose table is the part's physical table.
+Parts that are summed over bags go through one EmbeddingBagCollection, parts of single ids through one
+EmbeddingCollection per width (torchrec's own limit), each wrapped in DistributedModelParallel. Their optimizer runs
+inside backward, as in the fbgemm backend. Tables that every process holds in full ("data_parallel") stay here: torchrec
+would lose their optimizer, and sums bags that it should not on a CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embtab.errors import UserError
+from embtab.lookup import Lookup, Optimizer, Request, padded
+from embtab.methods import Table
+from embtab.sharding.placement import Kinds, codes, sharders, sharding_plan
+from embtab.sharding.processes import first_says, whole
+from embtab.sharding.replicas import Replicas
+
+Place = tuple[int, int]
+"""A request and one of its slots, by position."""
+
+
+def torchrec_modules(
+    tables: Sequence[Table], kinds: Kinds, bags: Mapping[str, str], ids: Mapping[str, str]
+) -> nn.ModuleDict:
+    """The torchrec collections that answer some slots, without memory (on the meta device).
+
+    Args:
+        tables: the physical tables.
+        kinds: those that every process holds in full are left out.
+        bags: the table of every slot that is summed over bags.
+        ids: the table of every slot that is read id by id.
+    """
+    both = set(bags.values()) & set(ids.values())
+    if both:
+        raise UserError(f"table {min(both)!r} is read both by bag and by id, which cannot be sharded")
+    spread = {code: table for table, code in zip(tables, codes(tables).values(), strict=True)
+              if kinds[table.name] != "data_parallel"}  # fmt: skip
+    meta = torch.device("meta")
+    modules: dict[str, nn.Module] = {}
+    pooled = list(_configs(EmbeddingBagConfig, spread, bags))
+    if pooled:
+        modules["bags"] = EmbeddingBagCollection(tables=pooled, device=meta)
+    single = list(_configs(EmbeddingConfig, spread, ids))
+    for width in dict.fromkeys(config.embedding_dim for config in single):
+        same = [config for config in single if config.embedding_dim == width]
+        modules[f"ids{width}"] = EmbeddingCollection(tables=same, device=meta)
+    return nn.ModuleDict(modules)
+
+
+def _configs(kind: type, tables: Mapping[str, Table], slots: Mapping[str, str]) -> Iterator[Any]:
+    for code, table in tables.items():
+        names = [name for name, read in slots.items() if read == table.name]
+        if names:
+            yield kind(
+                name=code,
+                num_embeddings=table.num_rows,
+                embedding_dim=padded(table.width),
+                feature_names=names,
+            )
+
+
+class ShardedLookup(Lookup):
+    """Tables spread over the processes of the default group; every process must make it, and call it, together.
+
+    All values are zero at first. The tables are no torch parameters: no outer optimizer can touch them.
+
+    Args:
+        tables: the physical tables.
+        bags: the table of every slot that is summed over bags.
+        ids: the table of every slot that is read id by id.
+        kinds: how each table is spread, from `placement.kinds`.
+        optimizer: applied inside backward, to gradients that are the mean over processes.
+        device: of this process.
+
+    Raises:
+        UserError: when torchrec cannot spread the tables so.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        bags: Mapping[str, str],
+        ids: Mapping[str, str],
+        kinds: Kinds,
+        optimizer: Optimizer,
+        device: torch.device,
+    ) -> None:
+        super().__init__(tables)
+        self.optimizer, self.kinds = optimizer, dict(kinds)
+        self.table_of = {**bags, **ids}
+        local = [table for table in tables if kinds[table.name] == "data_parallel"]
+        self.replicated = {table.name for table in local}
+        modules = torchrec_modules(tables, kinds, bags, ids)
+        self._names = {code: name for name, code in codes(tables).items()}
+        # In a list, out of sight: torch's own state dict, `parameters()` and `.to()` are not for them.
+        self._hidden: list[Any] = [Replicas(local, device, optimizer), None]
+        if modules:
+            world = dist.get_world_size()
+            plan = first_says(lambda: sharding_plan(modules, tables, kinds, world, device.type, optimizer))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._hidden[1] = DistributedModelParallel(
+                    modules,
+                    env=ShardingEnv.from_process_group(dist.group.WORLD),
+                    device=device,
+                    plan=plan,
+                    sharders=sharders(optimizer),
+                    init_data_parallel=False,
+                )
+        with torch.no_grad():
+            for shards in self._shards().values():  # torchrec drew them from a uniform distribution
+                for shard in shards.local_shards():
+                    shard.tensor.zero_()
+
+    @property
+    def replicas(self) -> Replicas:
+        """The tables that this process holds in full."""
+        found: Replicas = self._hidden[0]
+        return found
+
+    @property
+    def collections(self) -> dict[str, Any]:
+        """Torchrec's sharded collections, by name."""
+        return {} if self._hidden[1] is None else dict(self._hidden[1].module.items())
+
+    def forward(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Answers each request with its sums [B, W]."""
+        answers: list[list[Tensor | None]] = [[None] * len(request.slots) for request in requests]
+        waiting: list[tuple[str, list[Place], Any]] = []
+        here: list[Request] = []
+        here_places: list[Place] = []
+        sent: dict[str, list[tuple[Place, Request]]] = {name: [] for name in self.collections}
+        for i, request in enumerate(requests):
+            for j, one in enumerate(_slots(request)):
+                if self.table_of[one.slots[0]] in self.replicated:
+                    here.append(self._rebased(one))
+                    here_places.append((i, j))
+                else:
+                    sent[self._collection(one)].append(((i, j), one))
+        for name, group in sent.items():  # all are sent before the first is waited for
+            if group:
+                ask = self.collections[name]
+                batch = _pooled_batch(group) if name == "bags" else _single_batch(group)
+                waiting.append((name, [place for place, _ in group], ask(batch)))
+        for (i, j), answer in zip(here_places, self.replicas(here), strict=True):
+            answers[i][j] = answer
+        for name, places, answer in waiting:
+            # By key: the order of the answer depends on how the tables are spread.
+            found = answer.wait() if name != "bags" else answer.wait().to_dict()
+            for i, j in places:
+                one = found[requests[i].slots[j]]
+                answers[i][j] = self._finished(one if name == "bags" else one.values(), requests[i], j)
+        return [_cat(answer) for answer in answers]
+
+    def _collection(self, one: Request) -> str:
+        if one.lengths is None:
+            return f"ids{padded(one.width)}"
+        if one.weights is not None and one.weights.requires_grad:
+            raise UserError(
+                f"slot {one.slots[0]!r}: weights of a batch get no gradient from sharded tables; "
+                "read the ids through an EmbeddingCollection and weigh its vectors"
+            )
+        return "bags"
+
+    def _rebased(self, one: Request) -> Request:
+        base = self.replicas.base[self.table_of[one.slots[0]]]
+        return Request(one.width, one.rows + base, one.lengths, one.weights)
+
+    def _finished(self, rows: Tensor, request: Request, j: int) -> Tensor:
+        """Without padding; vectors of single ids times their weights."""
+        rows = rows[:, : request.width]
+        if request.lengths is None and request.weights is not None:
+            rows = rows * request.weights.split(list(request.sizes))[j].unsqueeze(-1)
+        return rows
+
+    def _shards(self) -> dict[str, Any]:
+        """The ShardedTensor of every table that is spread."""
+        return {
+            self._names[key.split(".")[-2]]: value
+            for collection in self.collections.values()
+            for key, value in collection.state_dict().items()
+        }
+
+    def table(self, name: str) -> Tensor:
+        """The table where this process holds all of it.
+
+        Raises:
+            UserError: where it does not.
+        """
+        if name in self.replicated:
+            return self.replicas.table(name)
+        raise UserError(f"table {name!r} is spread over processes; gather it with embtab.sharding.strategy.gathered")
+
+    def named_state(self) -> dict[str, Any]:
+        """The tables: those that are spread as ShardedTensors of rows padded to a multiple of four."""
+        spread = self._shards()
+        return {name: spread[name] if name in spread else self.replicas.table(name) for name in self.tables}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Second moments: of tables that are spread as ShardedTensors, padded as the tables are."""
+        found = self.replicas.optimizer_state()
+        for collection in self.collections.values():
+            # The keys are those of the tables; a process without a part of a table does not list it.
+            for entry in collection.fused_optimizer.state_dict()["state"].values():
+                moments = {key.split(".")[0]: value for key, value in entry.items() if key.endswith(".momentum1")}
+                found |= {self._names[code]: value for code, value in moments.items()}
+        return {} if self.optimizer.name == "sgd" else found
+
+    def gathered(self) -> dict[str, Tensor]:
+        """The state dict with tables in full, without padding, on every process; called by all of them."""
+        tables, moments = self.named_state(), self.optimizer_state()
+        found = {}
+        for name, table in self.tables.items():
+            size = (table.num_rows, padded(table.width))
+            found[name] = whole(tables[name], size)[:, : table.width]
+            if self.optimizer.name == "adagrad":
+                found[f"{name}.optimizer"] = whole(moments.get(name), size)[:, : table.width]
+            elif self.optimizer.name == "rowwise_adagrad":
+                found[f"{name}.optimizer"] = whole(moments.get(name), size[:1])
+        return found
+
+    @torch.no_grad()
+    def assign(self, target: Any, saved: Any) -> bool:
+        """Writes the part of a whole table (or of its moments) that this process holds."""
+        if isinstance(target, Tensor) and not hasattr(target, "local_shards"):
+            return super().assign(target, saved)
+        if hasattr(saved, "local_shards"):
+            pairs = zip(target.local_shards(), saved.local_shards(), strict=True)
+            for mine, other in pairs:
+                mine.tensor.copy_(other.tensor)
+            return True
+        whole = list(saved.shape)
+        padding = [*whole[:1], *(padded(width) for width in whole[1:])]
+        if list(target.size()) != padding:
+            return False
+        for shard in target.local_shards():
+            starts = shard.metadata.shard_offsets
+            part = saved
+            for axis, (start, size) in enumerate(zip(starts, shard.tensor.shape, strict=True)):
+                part = part.narrow(axis, min(start, whole[axis]), max(0, min(size, whole[axis] - start)))
+            inner = shard.tensor
+            for axis, size in enumerate(part.shape):
+                inner = inner.narrow(axis, 0, size)
+            inner.copy_(part)
+        return True
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Changes the learning rate of all tables from the next backward on."""
+        self.optimizer = Optimizer(self.optimizer.name, lr, self.optimizer.eps)
+        self.replicas.optimizer = self.optimizer
+        for collection in self.collections.values():
+            for group in collection.fused_optimizer.param_groups:
+                group["lr"] = lr
+            collection.fused_optimizer.step()  # which only hands the learning rate to the kernels
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedLookup:
+        """Ignores `.to(device)`: the tables were made where they belong."""
+        return self
+
+
+def _slots(request: Request) -> Iterator[Request]:
+    """One request per slot."""
+    sizes, count = list(request.sizes), len(request.slots)
+    rows = request.rows.split(sizes)
+    lengths = [None] * count if request.lengths is None else request.lengths.view(count, -1).unbind()
+    weights = [None] * count if request.weights is None else request.weights.split(sizes)
+    for name, row, length, weight, size in zip(request.slots, rows, lengths, weights, sizes, strict=True):
+        yield Request(request.width, row, length, weight, (name,), (size,))
+
+
+def _pooled_batch(group: Sequence[tuple[Place, Request]]) -> KeyedJaggedTensor:
+    """The bags of some slots."""
+    asked = [one for _, one in group]
+    weights = None
+    if any(one.weights is not None for one in asked):
+        weights = torch.cat([torch.ones(len(r.rows), device=r.rows.device) if r.weights is None else r.weights.float()
+                             for r in asked])  # fmt: skip
+    return KeyedJaggedTensor(
+        [one.slots[0] for one in asked],
+        torch.cat([one.rows for one in asked]),
+        weights=weights,
+        lengths=torch.cat([one.lengths for one in asked if one.lengths is not None]),
+        length_per_key=[one.sizes[0] for one in asked],
+    )
+
+
+def _single_batch(group: Sequence[tuple[Place, Request]]) -> KeyedJaggedTensor:
+    """The ids of some slots, as one bag each: bags mean nothing to an EmbeddingCollection."""
+    asked = [one for _, one in group]
+    sizes = [one.sizes[0] for one in asked]
+    return KeyedJaggedTensor(
+        [one.slots[0] for one in asked],
+        torch.cat([one.rows for one in asked]),
+        lengths=torch.tensor(sizes, device=asked[0].rows.device),
+        length_per_key=sizes,
+        stride=1,
+    )
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor:
+    whole = [part for part in parts if part is not None]
+    return whole[0] if len(whole) == 1 else torch.cat(whole)
