@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
     from embtab.errors import InfeasibleBudget
     from embtab.features import Feature, read_features
+    from embtab.importing import from_dense
     from embtab.lookup import Optimizer
     from embtab.methods import METHODS
     from embtab.planning import Plan, plan
@@ -31,6 +32,7 @@ _HOMES = {
     "Plan": "embtab.planning",
     "RankingTask": "embtab.training.task",
     "TorchRecStrategy": "embtab.sharding.strategy",
+    "from_dense": "embtab.importing",
     "load": "embtab.bundle",
     "plan": "embtab.planning",
     "read_features": "embtab.features",
@@ -48,6 +50,7 @@ __all__ = [
     "Plan",
     "RankingTask",
     "TorchRecStrategy",
+    "from_dense",
     "load",
     "plan",
     "read_features",

@@ -68,10 +68,10 @@ def save(
             table and row.
     """
     folder = Path(path)
-    _refuse_existing(folder, overwrite)
+    refuse_existing(folder, overwrite)
     plan = tables.plan if precision is None else in_precision(tables.plan, precision)
     described = plan.to_dict()
-    arrays = [
+    arrays: list[dict[str, Any]] = [
         {"space": space, "name": name, "dtype": spec.dtype, "shape": list(spec.shape)}
         for space, encoding in plan.encodings.items()
         for name, spec in encoding.arrays().items()
@@ -108,7 +108,8 @@ def save(
         _write_config(beside / CONFIG, about)
 
 
-def _refuse_existing(folder: Path, overwrite: bool) -> None:
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Raises UserError unless a bundle may be written at `folder`."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
@@ -255,7 +256,11 @@ def _write_config(path: Path, about: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def load(path: str | Path, backend: str = "torch", collection: type[C] = EmbeddingBagCollection) -> C:
+def load(
+    path: str | Path,
+    backend: str = "torch",
+    collection: type[C] = EmbeddingBagCollection,  # type: ignore[assignment]
+) -> C:
     """The tables of a bundle, with the values that serving reads; sha256 of all files compared.
 
     Args:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def _check_features(features: Any, encodings: Config) -> None:
         _need(feature["pooling"] in POOLINGS, f"feature {name!r}: pooling {feature['pooling']!r}")
 
 
-def tensor_specs(plan: Config, arrays: list[Config]) -> dict[str, tuple[str, list[int]]]:
+def tensor_specs(plan: Config, arrays: Sequence[Config]) -> dict[str, tuple[str, list[int]]]:
     """Type (as safetensors writes it) and shape of every tensor, by name, as tables and arrays imply them."""
     specs: dict[str, tuple[str, list[int]]] = {}
     for table in plan["tables"]:

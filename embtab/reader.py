@@ -254,7 +254,7 @@ class Bundle:
         tensors = open_tensors(self.path, self.config["tensors"])
         if verify:
             check_finite(tensors, self.path)
-        self.tables = physical(self.plan, tensors)
+        self.tables: Mapping[str, Any] = physical(self.plan, tensors)
         self.features = [entry["name"] for entry in self.plan["features"]]
 
     @classmethod
@@ -284,7 +284,8 @@ class Bundle:
         if encoding["method"] not in DECODERS:
             raise BundleError(f"{self.path}: feature {feature!r}: no decoder for method {encoding['method']!r}")
         try:
-            found = np.asarray(vectors(self.plan, self.tables, feature, ids), np.float32)
+            with np.errstate(divide="raise"):
+                found = np.asarray(vectors(self.plan, self.tables, feature, ids), np.float32)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise BundleError(f"{self.path}: feature {feature!r} cannot be decoded: {error!r}") from None
         if found.shape != (len(ids), self.plan["dim"]):

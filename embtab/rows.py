@@ -79,4 +79,7 @@ def decoded_rows(stored: np.ndarray, width: int, scales: Any = None, offsets: An
     if stored.shape[-1] < width:
         both = np.stack([stored & 15, stored >> 4], axis=-1)
         stored = both.reshape(*stored.shape[:-1], 2 * stored.shape[-1])[..., :width]
-    return stored.astype(np.float32) * np.float32(scales)[..., None] + np.float32(offsets)[..., None]
+    return (
+        stored.astype(np.float32) * np.asarray(scales, np.float32)[..., None]
+        + np.asarray(offsets, np.float32)[..., None]
+    )

@@ -1,0 +1,218 @@
+"""Dense tables from anywhere, into any plan: read safely, fit, and say how much was lost."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embtab.collections import EmbeddingBagCollection, _Collection
+from embtab.errors import DataError, UserError
+from embtab.features import Feature, id_spaces, read_features
+from embtab.fitting import Target, fit
+from embtab.planning import Plan
+
+TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")
+Dense = Mapping[str, Tensor | np.ndarray]
+
+
+def from_dense(weights: Dense, plan: Plan, backend: str = "torch") -> EmbeddingBagCollection:
+    """Tables whose vectors come as close to dense ones as the plan allows, weighted by the features' counts.
+
+    An id that the counts have never seen weighs as much as one seen once; without counts all weigh the same.
+
+    Args:
+        weights: float [num_ids, D] for every id space, by the name of the space or of one of its features.
+        plan: what the tables should take; exact where it is dense, else see `embtab.fitting`.
+        backend: of the result: "torch" or "fbgemm".
+
+    Raises:
+        UserError: when a table is missing, unknown, of another shape than the plan, or not finite.
+    """
+    dense = _by_space(weights, plan)
+    made = EmbeddingBagCollection(plan, backend="torch", init_std=1.0)
+    counts = {space.name: space.counts for space in id_spaces(plan.features)}
+    targets = [_target(made, space, table, counts[space]) for space, table in dense.items()]
+    fit(targets, {name: made.lookup.table(name) for name in plan.tables}, plan.seed)
+    if backend == "torch":
+        return made
+    other = EmbeddingBagCollection(plan, backend=backend)
+    other.load_state_dict(made.state_dict())
+    return other
+
+
+def _target(tables: _Collection, space: str, dense: Tensor, counts: np.ndarray | None) -> Target:
+    encoding = tables.plan.encodings[space]
+    widths = tuple(tables.plan.tables[name].width for name in encoding.tables)
+    return Target(encoding, dense, _weights_of(counts, len(dense)), tables.arrays.of(space), widths)
+
+
+def _weights_of(counts: np.ndarray | None, num_ids: int) -> Tensor:
+    """float32 [num_ids], of mean 1."""
+    if counts is None:
+        return torch.ones(num_ids)
+    seen = torch.from_numpy(np.maximum(counts, 1)).double()
+    return (seen / seen.mean()).float()
+
+
+def _by_space(weights: Dense, plan: Plan) -> dict[str, Tensor]:
+    """The dense table of every id space, float32 and checked."""
+    space_of = {feature.name: feature.space for feature in plan.features} | {space: space for space in plan.encodings}
+    num_ids = {feature.space: feature.num_ids for feature in plan.features}
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if name not in space_of:
+            raise UserError(f"dense table {name!r} is of no feature of the plan; it has {', '.join(num_ids)}")
+        space = space_of[name]
+        if space in found:
+            raise UserError(f"dense table {name!r}: id space {space!r} has a table already; give one per id space")
+        table = torch.as_tensor(weight).detach().cpu().float()
+        if tuple(table.shape) != (num_ids[space], plan.dim):
+            raise UserError(
+                f"dense table {name!r} is {tuple(table.shape)}; the plan wants {(num_ids[space], plan.dim)}"
+            )
+        bad = ~table.isfinite().all(1)
+        if bool(bad.any()):
+            raise UserError(f"dense table {name!r}: row {int(bad.nonzero()[0])} holds NaN or infinity")
+        found[space] = table
+    for space in plan.encodings:
+        if space not in found:
+            raise UserError(f"no dense table for {space!r}; there are {', '.join(weights) or 'none'}")
+    return found
+
+
+@torch.no_grad()
+def reconstruction_errors(
+    tables: _Collection, weights: Dense, counts: Mapping[str, np.ndarray | None]
+) -> dict[str, float]:
+    """By id space, the root of the weighted mean square of what is lost, relative to that of the dense vectors.
+
+    Args:
+        tables: what `from_dense` made, or the same from a bundle.
+        weights: the dense tables.
+        counts: int64 [num_ids] by id space, where known.
+    """
+    errors = {}
+    for space, dense in _by_space(weights, tables.plan).items():
+        target = _target(tables, space, dense, counts.get(space))
+        weight = target.weights.double()
+        rows = {name: tables.lookup.table(name) for name in target.encoding.tables}
+        lost = sum(
+            float((weight[ids] * (target.compose(ids, rows) - dense[ids]).double().square().sum(1)).sum())
+            for ids in target.chunks()
+        )
+        errors[space] = (lost / max(float((weight * dense.double().square().sum(1)).sum()), 1e-300)) ** 0.5
+    return errors
+
+
+def features_of(weights: Dense, data: Path | None) -> list[Feature]:
+    """The features of dense tables: those of a dataset folder that have one; without a folder one per table, summed.
+
+    Raises:
+        UserError: when the folder has none of them.
+    """
+    if data is None:
+        return [Feature(name, len(weight)) for name, weight in weights.items()]
+    features = [f for f in read_features(data) if f.name in weights or f.space in weights]
+    if not features:
+        raise UserError(f"{data}: has no feature called {', '.join(weights)}; choose names by --pattern")
+    return features
+
+
+def read_dense(paths: Sequence[Path], pattern: str | None = None) -> dict[str, Tensor]:
+    """Dense tables float32 [num_ids, D] by feature, from files; nothing in them is executed.
+
+    Args:
+        paths: .safetensors; .npy or .parquet (int64 `id`, list of floats `vector`), named after their feature; torch
+            files (.pt, .pth, .ckpt, .bin) that hold a state dict, such as torchrec's or FuxiCTR's; or folders of them.
+        pattern: a regular expression that the names of tables are searched for; the first group is the feature. Other
+            tensors are left out. Without it every matrix is a table, called as it is called in the file.
+
+    Raises:
+        DataError: when a file cannot be read, or holds no table.
+        UserError: when the pattern is none, or two tables are of one feature.
+    """
+    try:
+        chosen = re.compile(pattern) if pattern else re.compile("(.*)", re.DOTALL)
+    except re.error as error:
+        raise UserError(f"--pattern {pattern!r}: {error}") from None
+    if chosen.groups < 1:
+        raise UserError(f"--pattern {pattern!r}: needs a group for the feature, such as 'embedding_bags.(.+).weight'")
+    tables: dict[str, Tensor] = {}
+    for path in _expanded(paths):
+        for name, tensor in _read(path):
+            found = chosen.search(name)
+            if found is None or tensor.dim() != 2 or not tensor.is_floating_point():
+                continue
+            if found.group(1) in tables:
+                raise UserError(f"{path}: feature {found.group(1)!r} has a table already; narrow --pattern")
+            tables[found.group(1)] = tensor.float()
+    if not tables:
+        raise DataError(f"{paths[0]}: holds no matrix of floats" + (f" whose name fits {pattern!r}" if pattern else ""))
+    widths = {name: tensor.shape[1] for name, tensor in tables.items()}
+    if len(set(widths.values())) > 1:
+        raise UserError(f"tables have different widths {widths}; choose those of one width by --pattern")
+    return tables
+
+
+def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        yield from sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of one file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    kind = path.suffix.lower()
+    try:
+        if kind == ".safetensors":
+            from safetensors.torch import load_file
+
+            yield from load_file(path).items()
+        elif kind == ".npy":
+            yield path.stem, torch.from_numpy(np.load(path, allow_pickle=False))
+        elif kind == ".parquet":
+            yield path.stem, _from_parquet(path)
+        elif kind in TORCH_FILES:
+            yield from _tensors(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            raise DataError(f"{path}: unknown kind; give .safetensors, .npy, .parquet or {', '.join(TORCH_FILES)}")
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise DataError(f"{path}: holds more than tensors, which is not executed; save the state dict alone") from None
+    except Exception as error:  # every library has errors of its own
+        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from None
+
+
+def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state dict, or of the one inside a checkpoint."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if isinstance(state, dict):
+        yield from ((str(name), value) for name, value in state.items() if isinstance(value, Tensor))
+
+
+def _from_parquet(path: Path) -> Tensor:
+    """float32 [n, D] from columns id and vector; ids are 0..n-1 in any order."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["id", "vector"])
+    ids = table["id"].to_numpy()
+    lists = table["vector"].combine_chunks()
+    flat = lists.flatten().to_numpy(zero_copy_only=False)
+    if not len(ids) or len(flat) % len(ids):
+        raise DataError(f"{path}: column 'vector' needs lists of one length; fill missing vectors")
+    if not np.array_equal(np.sort(ids), np.arange(len(ids))):
+        raise DataError(f"{path}: column 'id' must hold 0..{len(ids) - 1}, each once; number the ids first")
+    vectors = np.empty((len(ids), len(flat) // len(ids)), np.float32)
+    vectors[ids] = flat.reshape(vectors.shape)
+    return torch.from_numpy(vectors)
