@@ -69,13 +69,17 @@ class RankingTask(L.LightningModule):
             new_epoch = batch_idx == 0 and self.current_epoch > 0
             self.tables.adapt(self.global_step, self.current_epoch if new_epoch else None)
 
+    def loss(self, batch: Batch) -> Tensor:
+        """What training makes small."""
+        return F.binary_cross_entropy_with_logits(self(batch), batch.label)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean binary cross entropy of a batch, in nats.
+        """The loss of a batch: its mean binary cross entropy in nats, and what a subclass adds to it.
 
         Raises:
             UserError: when it is not finite.
         """
-        loss = F.binary_cross_entropy_with_logits(self(batch), batch.label)
+        loss = self.loss(batch)
         if not torch.isfinite(loss):
             raise UserError(
                 f"the training loss became {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); "

@@ -2,6 +2,7 @@
 
 import math
 import time
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -68,6 +69,57 @@ def test_logloss_and_its_relatives_follow_their_definitions(data):
         assert metrics.calibration(labels, logits) == pytest.approx(p.mean() / rate, rel=1e-9)
     else:
         assert math.isnan(metrics.normalised_entropy(labels, logits))
+
+
+def over_all_orders(relevance, scores, groups, discount):
+    """The mean over every order of equal scores, of every group."""
+    found = []
+    for group in set(groups):
+        mine = [i for i, other in enumerate(groups) if other == group]
+        if not any(relevance[i] for i in mine):
+            continue
+        orders = [o for o in permutations(mine) if all(scores[a] >= scores[b] for a, b in pairwise(o))]
+        best = sum(r * discount(place) for place, r in enumerate(sorted((relevance[i] for i in mine), reverse=True)))
+        gains = [sum(relevance[i] * discount(place) for place, i in enumerate(order)) for order in orders]
+        found.append(sum(gains) / len(gains) / best)
+    return sum(found) / len(found) if found else math.nan
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0]), scores, st.sampled_from([3, 9])), max_size=6),
+    st.sampled_from([1, 2, 3, None]),
+)
+def test_ndcg_is_the_mean_over_all_orders_of_ties(data, k):
+    def discount(place):
+        return 1 / math.log2(place + 2) if k is None or place < k else 0.0
+
+    found = metrics.ndcg(*columns(data), k)
+    assert found == pytest.approx(over_all_orders(*columns(data), discount), abs=1e-12, nan_ok=True)
+
+
+@given(st.lists(st.tuples(scores, st.sampled_from([3, 9])), min_size=1, max_size=6), st.integers(1, 4))
+def test_hit_rate_is_the_mean_over_all_orders_of_ties(data, k):
+    values, groups = [row[0] for row in data], [row[1] for row in data]
+    labels = [float(group not in groups[:i]) for i, group in enumerate(groups)]  # the first row of each group
+    found = []
+    for group in set(groups):
+        mine = [i for i, other in enumerate(groups) if other == group]
+        orders = [o for o in permutations(mine) if all(values[a] >= values[b] for a, b in pairwise(o))]
+        found.append(sum(mine[0] in order[:k] for order in orders) / len(orders))
+    assert metrics.hit_rate(labels, values, groups, k) == pytest.approx(sum(found) / len(found), abs=1e-12)
+
+
+def test_leave_one_out_worked():
+    labels = [1, 0, 0, 0, 0, 1, 0, 0]
+    scores, users = [0.1, 0.9, 0.5, 0.2, 1.0, 2.0, 0.0, 0.5], [7] * 4 + [8] * 4
+    assert metrics.hit_rate(labels, scores, users, 3) == 0.5  # the positive stands fourth, and first
+    assert metrics.ndcg(labels, scores, users) == pytest.approx((1 / math.log2(5) + 1) / 2)
+    assert metrics.hit_rate(labels, [0.0] * 8, users, 1) == 0.25
+    with_ranking = metrics.evaluate(labels, scores, users)
+    assert list(with_ranking)[-2:] == ["hr@10", "ndcg@10"]
+    assert with_ranking["hr@10"] == 1.0
+    assert "hr@10" not in metrics.evaluate([1, 1, 0, 0], scores[:4], users[:4])
+    assert "hr@10" not in metrics.evaluate([1, 0, 1], [0.0, 1.0, 2.0], [1, 1, 2])
 
 
 def test_extreme_logits_stay_finite():
