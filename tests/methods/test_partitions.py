@@ -66,9 +66,10 @@ def test_a_plan_with_moduli_that_repeat_rows_cannot_be_read() -> None:
 @given(data=st.data(), num_ids=st.integers(1, 3000), parts=st.integers(2, 6))
 @pytest.mark.parametrize(("kind", "moduli_for"), [("radix", radix_moduli), ("crt", coprime_moduli)])
 def test_solved_moduli_fit_and_are_unique(data, kind: str, moduli_for, num_ids: int, parts: int) -> None:
-    num_rows = data.draw(st.integers(0, num_ids))
+    num_rows = data.draw(st.integers(0, num_ids) | st.integers(0, parts * num_ids))
     smallest, moduli = (moduli_for(num_ids, parts, rows) for rows in (0, num_rows))
     assert len(moduli) == parts
+    assert max(moduli) <= num_ids  # further rows would never be read
     assert sum(smallest) <= sum(moduli) <= max(num_rows, sum(smallest))
     rows = rows_of(partitions(num_ids, moduli, kind), np.arange(num_ids))
     assert len({tuple(row) for row in rows.tolist()}) == num_ids
