@@ -250,7 +250,7 @@ def torch_answers(tables: _Collection) -> golden.Answer:
 def _write_config(path: Path, about: Mapping[str, Any]) -> None:
     """config.json, its own digest at its end."""
     zeros = "0" * 64
-    text = json.dumps({**about, "sha256": zeros}, indent=1, allow_nan=False) + "\n"
+    text = json.dumps({**about, "sha256": zeros}, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     digest = config_digest(text.encode(), zeros)
     files.write_text(path, text.replace(f'"sha256": "{zeros}"', f'"sha256": "{digest}"'))
 

@@ -347,6 +347,8 @@ def physical(plan: Mapping[str, Any], tensors: Tables) -> dict[str, Any]:
     }
     for table in plan["tables"]:
         name = table["name"]
+        if name in tables:
+            raise BundleError(f"table {name!r} has the name of an array; rename the feature")
         stored = tensors[f"rows.{name}"]
         packed = Rows(stored, table["width"], tensors.get(f"scales.{name}"), tensors.get(f"offsets.{name}"))
         tables[name] = stored if table["precision"] == "fp32" else packed

@@ -229,3 +229,9 @@ def test_a_damaged_bundle_is_not_loaded(saved: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(BundleError, match=r"tables\.safetensors: damaged"):
         et.load(saved)
+
+
+def test_the_page_describes_every_method() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text()
+    for method in et.METHODS:
+        assert f"\n| `{method}` | " in page, f"docs/bundle.md: no decoder for {method}"
