@@ -13,7 +13,7 @@ _ROUNDS = 30
 
 
 class Negatives:
-    """Draws items that a user never touched, in any split.
+    """Draws items that a user never touched in the events given.
 
     Args:
         users: int64 [E], the user of each event, 0..U-1.

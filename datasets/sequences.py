@@ -6,8 +6,10 @@ Two ways to split, both in time order:
   and test comes with many negatives, so that it can be ranked among them (HR@k, NDCG@k).
 - time: all users' events are cut at two moments. Needs a format with times.
 
-A row's history holds the user's events before the target and nothing later, whatever split they fall in. Ids are by
-descending count among the training events; id 0 stands for what they do not hold.
+A row's history holds the user's events before the target and nothing later, whatever split they fall in. Negatives are
+items that the user never touched, as far as the split knows: a training negative may be an item of her test, since to
+spare it would tell which items the test holds. Ids are by descending count among the training events; id 0 stands for
+what they do not hold.
 """
 
 from __future__ import annotations
@@ -176,12 +178,11 @@ class _Preparation:
         features = users + features_of({name: sizes[name] for name in (*of_item, "position")})
         dataset = Dataset(self.events.name, features, user=USER, source=self.source)
         counts = {feature.name: np.zeros(feature.num_ids, np.int64) for feature in features}
-        negatives = Negatives(self.log.users, self.log.items, len(self.log.item_names), self.options["sampler"])
         rng = np.random.default_rng(self.options["seed"])
         with tqdm(total=sum(map(len, chosen)), unit="target", unit_scale=True, desc="sequences") as bar:
             for split, targets in zip(SPLITS, chosen, strict=True):
                 if len(targets):
-                    candidates = self._candidates(split, targets, negatives, rng)
+                    candidates = self._candidates(split, targets, rng)
                     tables = self._tables(dataset, targets, candidates, of_item, of_user, bar)
                     write_tables(folder, split, dataset, tables, counts if split == "train" else None)
         values |= {f"history_{name}": values[name] for name in (*of_item, "position")}
@@ -223,12 +224,15 @@ class _Preparation:
             events = events[log.place[events] >= trained[log.users[events]] - self.options["targets"]]
         return events
 
-    def _candidates(self, split: str, targets: Ids, negatives: Negatives, rng: np.random.Generator) -> Ids:
+    def _candidates(self, split: str, targets: Ids, rng: np.random.Generator) -> Ids:
         """int64 [T, 1 + n]: items of each target, the positive first; number I stands for an unknown item."""
+        known = self.part <= SPLITS.index(split)
         users, positive = self.log.users[targets], self.log.items[targets][:, None]
         if split == "test" and self.events.negatives and self.options["split"] == "leave-one-out":
             return np.concatenate([positive, self._published(users)], axis=1)
         count = self.options["negatives" if split == "train" else "eval_negatives"]
+        items, sampler = self.log.items, self.options["sampler"]
+        negatives = Negatives(self.log.users[known], items[known], len(self.log.item_names), sampler)
         return np.concatenate([positive, negatives.draw(users, count, rng)], axis=1)
 
     def _published(self, users: Ids) -> Ids:

@@ -10,12 +10,13 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -25,8 +26,10 @@ from embtab.errors import UserError
 from embtab.training.checkpoint import read_checkpoint
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
+from embtab.training.sequence_task import FitSequenceTask
 from embtab.training.task import FitTask
 
+TASKS = {"features": FitTask, "sequences": FitSequenceTask}
 _COMMANDS = ("fit", "validate", "test", "predict")
 _DEFAULTS = {
     "max_epochs": 1,
@@ -57,7 +60,7 @@ class FitCLI(LightningCLI):
     def __init__(self, argv: list[str]):
         strict = {"exit_on_error": False}
         super().__init__(
-            FitTask,
+            TASKS.get(_task_of(argv), FitTask),  # another name is refused by the parser
             DataModule,
             trainer_defaults=_DEFAULTS,
             seed_everything_default=0,
@@ -76,6 +79,12 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One path for data and task; how often a run can be resumed from."""
         parser.link_arguments("data.path", "model.data")
+        parser.add_argument(
+            "--task",
+            type=Literal["features", "sequences"],
+            default="features",
+            help="A vector per feature, or behaviour sequences: what `model` holds the settings of.",
+        )
         parser.add_argument(
             "--save_every",
             type=PositiveInt | None,
@@ -119,6 +128,9 @@ class FitCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Trains; with --ckpt_path exactly from where that run had come."""
         print(self.model._plan().describe(), file=sys.stderr)
+        attention = getattr(self.model, "attention", None)
+        if attention is not None:
+            print(f"attention:\n{attention.plan.describe()}", file=sys.stderr)
         self.trainer.fit(weights_only=True, **kwargs)
         if self.trainer.is_global_zero:
             print(f"run: {self.trainer.log_dir}", file=sys.stderr)
@@ -141,6 +153,29 @@ class FitCLI(LightningCLI):
         pq.write_table(pa.table({"probability": torch.cat(batches).numpy()}), beside)
         os.replace(beside, target)
         print(f"predictions: {target}", file=sys.stderr)
+
+
+def _task_of(argv: Sequence[str]) -> str:
+    """The `task` that the options and configuration files name; the parser needs to know before it can read them."""
+    found = "features"
+    for i, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        value = value if equals else "".join(argv[i + 1 : i + 2])
+        if option == "--task":
+            found = value
+        elif option in ("--config", "-c"):
+            found = _named_task(Path(value)) or found
+    return found
+
+
+def _named_task(path: Path) -> str | None:
+    """The `task` of a configuration file; None where it has none, or where the parser will refuse the file."""
+    try:
+        described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    task = described.get("task") if isinstance(described, dict) else None
+    return task if isinstance(task, str) else None
 
 
 def _one_line(error: Exception) -> str:

@@ -75,7 +75,8 @@ def test_leave_one_out_against_plain_python(tmp_path):
             assert [row["label"] for row in group] == [1] + [0] * (width - 1)
             assert positives[start]["item"] == (item if item in known else None)
             drawn = [row["item"] for row in group[1:]]
-            assert not set(drawn) & set(events[users[user]])
+            touched = events[users[user]]
+            assert not set(drawn) & set({"train": touched[:-2], "valid": touched[:-1], "test": touched}[split])
             assert len(set(drawn) - {None}) >= len(drawn) - drawn.count(None)
             for row in group:
                 assert row["user_id"] == user
@@ -109,6 +110,19 @@ def test_published_negatives_are_taken_as_they_are(tmp_path):
     for user, group in zip(events, (rows[i : i + 6] for i in range(0, len(rows), 6)), strict=True):
         assert [row["item"] for row in group[1:]] == [item if item in known else None for item in sample[user]]
     assert len(read_back(out, "valid")) == 8 * 8
+
+
+def test_training_negatives_do_not_tell_what_the_test_holds(tmp_path):
+    """An item of a user's test is as often her training negative as an item that she never touches."""
+    events = {f"u{u}": items for u, items in enumerate(random.Random(u).sample(ITEMS, 20) for u in range(200))}
+    out = tmp_path / "out"
+    sequences.prepare(write_s3rec(tmp_path / "raw", events), out, negatives=3, eval_negatives=3)
+    later = other = 0
+    for row in read_back(out, "train"):
+        touched = events[f"u{row['user_id']}"]
+        later += not row["label"] and row["item"] in touched[-2:]
+        other += not row["label"] and row["item"] not in touched
+    assert later / 2 == pytest.approx(other / 40, rel=0.15)
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path):

@@ -8,9 +8,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embtab import cli
 from embtab.collections import EmbeddingCollection
 from embtab.datasets import long_histories
 from embtab.datasets.reader import Batch, ParquetBatches
@@ -34,6 +36,7 @@ FEATURES = [
     Feature("past", 9, "none", id_space="items", counts=np.arange(9) * 2),
 ]
 SMALL = {"hidden": (16,)}
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -310,3 +313,22 @@ def test_models_have_no_other_parameters_than_dense_ones():
     task = SequenceTask(EmbeddingCollection(plan(FEATURES, dim=4)), DIN(0, 2, 2, 4))
     assert {id(p) for p in task.parameters()} == {id(p) for p in task.model.parameters()}
     assert isinstance(task.model, nn.Module)
+
+
+def test_fit_from_a_configuration_file(planted, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    described = yaml.safe_load((CONFIGS / "fit_lastfm_dare.yaml").read_text())
+    described["data"] = {"path": str(planted), "batch_size": 256}
+    described["model"] |= {"leave_out": [], "dim": 4}
+    described["trainer"]["max_epochs"] = 1
+    Path("config.yaml").write_text(yaml.safe_dump(described))
+    cli.main(["fit", "--config", "config.yaml", "--trainer.accelerator", "cpu"])
+    shown = capsys.readouterr().err
+    assert "attention:" in shown
+    assert "hash" in shown
+    run = Path("runs/lastfm/version_0")
+    assert yaml.safe_load((run / "config.yaml").read_text())["task"] == "sequences"
+    cli.main(["test", "--config=config.yaml", "--ckpt_path", str(run / "checkpoints/last.ckpt")])
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", "config.yaml", "--task", "pictures"])
+    assert "pictures" in capsys.readouterr().err
