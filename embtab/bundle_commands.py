@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Arguments of embtab export CKPT BUNDLE."""
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint that `embtab fit` wrote")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder to make")
+    parser.add_argument("source", type=Path, metavar="CKPT", help="a checkpoint that `embtab fit` wrote, or a bundle")
+    parser.add_argument("out", type=Path, metavar="BUNDLE", help="the folder to make")
+    parser.add_argument(
+        "--format",
+        default="bundle",
+        choices=("bundle", "parquet", "hugectr", "state_dict"),
+        help="bundle (default); or, from a bundle, a plain vector per id",
+    )
     parser.add_argument("--vocab", type=Path, metavar="DIR", help="take the vocabularies of this dataset folder along")
     _add_written(parser)
     parser.set_defaults(run=_export)
@@ -45,27 +51,51 @@ def _quality(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from embtab.bundle import save
+    from embtab.bundle_files import CONFIG
+
+    is_bundle = (arguments.source / CONFIG).is_file()
+    if arguments.format != "bundle":
+        _export_vectors(arguments, is_bundle)
+    elif is_bundle:
+        raise UserError(f"{arguments.source}: is a bundle already; choose another --format, or give a checkpoint")
+    else:
+        _export_bundle(arguments)
+    _say_written(arguments.out, arguments.format)
+
+
+def _export_vectors(arguments: argparse.Namespace, is_bundle: bool) -> None:
+    from embtab.materialise import materialise
+    from embtab.reader import Bundle
+
+    if not is_bundle:
+        raise UserError(f"{arguments.source}: not a bundle; export the checkpoint as a bundle first, then from there")
+    if arguments.overwrite or arguments.precision or arguments.vocab or arguments.quality:
+        raise UserError("--overwrite, --precision, --vocab and --quality are of bundles; leave them out here")
+    materialise(Bundle(arguments.source), arguments.format, arguments.out)
+
+
+def _export_bundle(arguments: argparse.Namespace) -> None:
+    from embtab.bundle import refuse_existing, save
     from embtab.training.checkpoint import described, load_tables, read_checkpoint
 
-    checkpoint = read_checkpoint(arguments.checkpoint)
-    entry = described(checkpoint, arguments.checkpoint)
+    refuse_existing(arguments.out, arguments.overwrite)
+    checkpoint = read_checkpoint(arguments.source)
+    entry = described(checkpoint, arguments.source)
     trained: dict[str, Any] = {key: checkpoint[key] for key in ("epoch", "global_step") if key in checkpoint}
     save(
-        load_tables(arguments.checkpoint),
-        arguments.bundle,
+        load_tables(arguments.source),
+        arguments.out,
         vocab=arguments.vocab,
         quality=_quality(arguments.quality),
         provenance={**entry["about"], **trained, "versions": entry["versions"]},
         precision=arguments.precision,
         overwrite=arguments.overwrite,
     )
-    _say_written(arguments.bundle)
 
 
-def _say_written(path: Path) -> None:
-    size = sum(file.stat().st_size for file in path.iterdir())
-    print(f"{path}: {format_bytes(size)}; check it with `embtab verify {path}`")
+def _say_written(path: Path, kind: str = "bundle") -> None:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    print(f"{path}: {format_bytes(size)}" + (f"; check it with `embtab verify {path}`" if kind == "bundle" else ""))
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
