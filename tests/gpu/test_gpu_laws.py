@@ -1,14 +1,8 @@
 """The laws on a GPU, where one is at hand: `python -m pytest -m gpu`."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # pytest adds only this file's own folder
-
 from laws import CASES, EXTREMES, Bags, Case, tables_of
 
 import embtab as et
