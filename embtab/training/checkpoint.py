@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embtab.collections import EmbeddingBagCollection
+from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.errors import UserError
 from embtab.planning import Plan
 
 _PACKAGES = ("embtab", "torch", "fbgemm-gpu", "torchrec", "lightning")
-_TABLES = "tables."
 
 
 def description(plan: Plan | None, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,11 +42,17 @@ def described(checkpoint: Mapping[str, Any], path: str | Path = "checkpoint") ->
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, tensors left on disk until they are used.
+    """A checkpoint's content, tensors left on disk until they are used; the folder of a sharded run is read in full.
 
     Raises:
         UserError: when the file is absent, damaged or not made by embtab.
     """
+    if Path(path).is_dir():
+        from embtab.sharding import checkpoint as folders
+
+        checkpoint = {**folders.read_meta(Path(path)), "state_dict": folders.read_whole(Path(path))}
+        described(checkpoint, path)
+        return checkpoint
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -60,17 +65,31 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_tables(path: str | Path, backend: str = "torch") -> EmbeddingBagCollection:
+def load_tables(
+    path: str | Path, backend: str = "torch", part: str = "tables"
+) -> EmbeddingBagCollection | EmbeddingCollection:
     """The trained tables of a checkpoint.
 
+    Args:
+        path: the checkpoint.
+        backend: of the tables.
+        part: "tables", or "attention" for those that a sequence model has for its attention alone.
+
+    Returns:
+        An `EmbeddingCollection` where a feature is a history (pooling "none"), else an `EmbeddingBagCollection`.
+
     Raises:
-        UserError: when the checkpoint cannot be read, or was made without a plan.
+        UserError: when the checkpoint cannot be read, or was made without a plan of that part.
     """
     checkpoint = read_checkpoint(path)
-    plan = described(checkpoint, path)["plan"]
-    if plan is None:
-        raise UserError(f"{path}: its tables were not made from a plan, so they cannot be rebuilt here")
-    tables = EmbeddingBagCollection(Plan.from_dict(plan), backend=backend)
+    entry = described(checkpoint, path)
+    made = entry["plan"] if part == "tables" else entry["about"].get(f"{part}_plan")
+    if made is None:
+        raise UserError(f"{path}: its {part} were not made from a plan, so they cannot be rebuilt here")
+    plan = Plan.from_dict(made)
+    is_sequence = any(feature.pooling == "none" for feature in plan.features)
+    tables = (EmbeddingCollection if is_sequence else EmbeddingBagCollection)(plan, backend=backend)
     state: dict[str, Tensor] = checkpoint["state_dict"]
-    tables.load_state_dict({key[len(_TABLES) :]: value for key, value in state.items() if key.startswith(_TABLES)})
+    own = f"{part}."
+    tables.load_state_dict({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
     return tables

@@ -21,6 +21,7 @@ from embtab.features import Feature
 from embtab.lookup import Optimizer
 from embtab.models import DARE, DIN, MeanPool
 from embtab.planning import plan
+from embtab.training.checkpoint import load_tables
 from embtab.training.data import DataModule
 from embtab.training.layout import Layout
 from embtab.training.regularise import id_counts, minibatch_l2
@@ -267,8 +268,8 @@ def test_checkpoints_of_other_attention_tables_are_refused(planted, tmp_path):
     def task(dim: int) -> FitSequenceTask:
         return FitSequenceTask(str(planted), dim=4, model=partial(DARE, **SMALL), attention={"dim": dim})
 
-    run = trainer(tmp_path, max_steps=2, enable_checkpointing=True)
-    run.fit(task(4), DataModule(str(planted), 128))
+    run, trained = trainer(tmp_path, max_steps=2, enable_checkpointing=True), task(4)
+    run.fit(trained, DataModule(str(planted), 128))
     path = tmp_path / "two.ckpt"
     run.save_checkpoint(path)
     again, other = task(4), task(2)
@@ -277,6 +278,10 @@ def test_checkpoints_of_other_attention_tables_are_refused(planted, tmp_path):
     again.load_state_dict(checkpoint["state_dict"])
     with pytest.raises(UserError, match="other attention tables"):
         other.on_load_checkpoint(checkpoint)
+    for part, tables in (("tables", trained.tables), ("attention", trained.attention)):
+        loaded = load_tables(path, part=part)
+        assert isinstance(loaded, EmbeddingCollection)
+        assert all(torch.equal(loaded.lookup.table(name), tables.lookup.table(name)) for name in tables.plan.tables)
 
 
 def test_mistakes_are_named(planted):
