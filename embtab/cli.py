@@ -276,6 +276,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, such as op=sum; repeatable"
     )
+    sharded = parser.add_argument_group("for machines one does not have")
+    sharded.add_argument("--shards", type=int, metavar="N", help="also show how N devices would hold the tables")
+    sharded.add_argument("--hbm", default="80GB", help="memory of a device (default %(default)s)")
+    sharded.add_argument("--sharding", default="auto", help="auto, table_wise, row_wise, column_wise or data_parallel")
+    sharded.add_argument(
+        "--table-optimizer", default="rowwise_adagrad", help="sgd, adagrad or rowwise_adagrad (default %(default)s)"
+    )
     parser.set_defaults(run=_plan)
 
 
@@ -295,6 +302,10 @@ def _plan(arguments: argparse.Namespace) -> None:
         **options,
     )
     print(made.describe())
+    if arguments.shards is not None:
+        from embtab.sharding.offline import describe_shards
+
+        print(describe_shards(made, arguments.shards, arguments.hbm, arguments.sharding, arguments.table_optimizer))
 
 
 def read_option(text: str) -> tuple[str, int | float | str]:

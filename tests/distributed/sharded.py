@@ -1,0 +1,204 @@
+"""What the processes of the tests run: small training runs under TorchRecStrategy. No test itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from laws import CASES, DIM, FEATURES, Bags, Case
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import embtab as et
+from embtab.errors import UserError
+from embtab.sharding import checkpoint as folders
+from embtab.sharding.processes import first_says
+from embtab.sharding.strategy import gathered, shard
+
+BAGS = 4  # of every batch, over all processes
+STEPS = 6
+STATIC = [case for case in CASES if not any(e.adaptive for e in case.plan().encodings.values())]
+
+
+class Learner(L.LightningModule):
+    """Tables and a linear head; keeps the losses of all bags."""
+
+    def __init__(self, tables: Any, lr: float = 0.1):
+        super().__init__()
+        torch.manual_seed(7)
+        self.tables, self.lr = tables, lr
+        self.head = torch.nn.Linear(len(FEATURES) * DIM, 1)
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        bags, label = batch
+        pooled = self.tables(bags)
+        vectors = torch.cat([pooled[feature.name] for feature in FEATURES], 1)
+        loss = F.binary_cross_entropy_with_logits(self.head(vectors).squeeze(1), label)
+        mean = loss.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.losses.append(float(mean))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def learner(case: Case, optimizer: str, seed: int = 0) -> Learner:
+    tables = et.EmbeddingBagCollection(case.plan(), optimizer=et.Optimizer(optimizer, 0.05))
+    torch.manual_seed(seed)  # only now: what is imported on the way may draw numbers
+    tables.init(0.3)
+    return Learner(tables)
+
+
+def batches(rank: int, world_size: int) -> list[tuple[Any, torch.Tensor]]:
+    """This process's share of the same bags, ragged, with empty ones and repeated ids."""
+    random = np.random.default_rng(3)
+    low, high = rank * BAGS // world_size, (rank + 1) * BAGS // world_size
+    made = []
+    for step in range(STEPS):
+        content = {
+            f.name: [
+                [(int(i), float(w)) for i, w in zip(random.integers(0, f.num_ids, n), random.random(n), strict=True)]
+                for n in (2, 0, 3, 1)
+            ]
+            for f in FEATURES
+        }
+        mine = Bags({name: bags[low:high] for name, bags in content.items()})
+        made.append((mine.kjt(weighted=step % 2 == 1), torch.tensor([1.0, 0.0, 0.0, 1.0])[low:high]))
+    return made
+
+
+def fit(module: Learner, steps: slice, strategy: Any = "auto", world_size: int = 1, epochs: int = 1, **options: Any):
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy,
+        max_epochs=epochs,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        **quiet,
+    )
+    loader = torch.utils.data.DataLoader(batches(rank, world_size)[steps], batch_size=None, collate_fn=lambda x: x)
+    trainer.fit(module, loader, **options)
+    return trainer
+
+
+def alone(case: Case, optimizer: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same run in this process, by Lightning's own strategy and the fbgemm backend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = learner(case, optimizer)
+        fit(module, slice(None))
+    return module.losses, module.tables.state_dict()
+
+
+def enter(rank: int, world_size: int, port: int) -> None:
+    """What torchrun does for its processes."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def strategy(plan: Any) -> et.TorchRecStrategy:
+    return et.TorchRecStrategy(plan, process_group_backend="gloo")
+
+
+def run_cases(rank: int, world_size: int, port: int, folder: str, runs: list[tuple[str, str, Any]]) -> None:
+    """Trains every (case, optimizer, sharding plan); rank 0 writes losses and tables."""
+    enter(rank, world_size, port)
+    found = {}
+    for name, optimizer, plan in runs:
+        case = next(case for case in STATIC if case.name == name)
+        module = learner(case, optimizer)
+        fit(module, slice(None), strategy(plan), world_size)
+        found[name, optimizer, str(plan)] = module.losses, gathered(module.tables).state_dict()
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+
+
+def resume_cases(rank: int, world_size: int, port: int, folder: str, plan: str, stop: bool) -> None:
+    """Trains to the middle and writes a checkpoint, or goes on from it; rank 0 writes losses and tables."""
+    enter(rank, world_size, port)
+    for optimizer in ("adagrad", "rowwise_adagrad"):
+        path = Path(folder) / f"{optimizer}.ckpt"
+        module = learner(STATIC[-1], optimizer, seed=0 if stop else 1)
+        if stop:
+            fit(module, slice(0, 3), strategy(plan), world_size).save_checkpoint(path)
+            continue
+        fit(module, slice(3, None), strategy(plan), world_size, epochs=2, ckpt_path=path, weights_only=True)
+        tables = gathered(module.tables).state_dict()
+        if rank == 0:
+            torch.save((module.losses, tables), Path(folder) / f"{optimizer}.{world_size}.pt")
+
+
+def refusals(rank: int, world_size: int, port: int, folder: str) -> None:
+    """What must fail on every rank, and what must not change; each rank writes what it saw."""
+    enter(rank, world_size, port)
+    dist.init_process_group("gloo")
+    seen: dict[str, Any] = {}
+
+    def attempt(name: str, act: Any) -> None:
+        try:
+            act()
+        except UserError as error:
+            seen[name] = str(error)
+
+    tables = learner(STATIC[0], "sgd").tables
+    before = {name: value.clone() for name, value in tables.state_dict().items()}
+    shard(tables, {"items": "row_wise", "shop": "data_parallel", "*": "table_wise"}, torch.device("cpu"))
+    after = gathered(tables).state_dict()
+    seen["kept"] = all(torch.equal(before[name], after[name]) for name in before)
+    batch, _ = batches(rank, world_size)[1]
+    batch = KeyedJaggedTensor(
+        batch.keys(), batch.values(), lengths=batch.lengths(), weights=batch.weights().requires_grad_()
+    )
+    attempt("weights", lambda: tables(batch))
+    attempt("table", lambda: tables.round_to_served())
+    attempt("first", lambda: first_says(lambda: 1 // 0))
+    attempt("columns", lambda: shard(learner(STATIC[0], "rowwise_adagrad").tables, "column_wise", torch.device("cpu")))
+    adaptive = next(case for case in CASES if case not in STATIC)
+    attempt("adaptive", lambda: shard(et.EmbeddingBagCollection(adaptive.plan()), "auto", torch.device("cpu")))
+    outer = et.EmbeddingBagCollection(STATIC[0].plan(), backend="torch")
+    attempt("torch", lambda: shard(outer, "auto", torch.device("cpu")))
+    target = Path(folder) / "whole"
+    folders.save(target, {"x": torch.ones(3)}, {"step": 1})
+    attempt("unwritten", lambda: folders.save(target, {"x": torch.zeros(3)}, {"step": lambda: None}))
+    seen["survives"] = folders.read_meta(target)["step"] == 1 and bool((folders.read_whole(target)["x"] == 1).all())
+    torch.save(seen, Path(folder) / f"seen{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def spawn(function: Any, world_size: int, *arguments: Any) -> None:
+    torch.multiprocessing.spawn(function, (world_size, free_port(), *arguments), nprocs=world_size)

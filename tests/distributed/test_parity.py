@@ -1,0 +1,69 @@
+"""Any number of processes, any sharding plan: the same losses and the same tables as one process alone."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sharded
+import torch
+
+pytestmark = pytest.mark.distributed
+
+# Every method by SGD with rows spread out; a few (under slow: all) by the other optimizers and kinds of sharding.
+PAIRS = [("sgd", "row_wise")]
+MORE = [
+    ("adagrad", "table_wise"),
+    ("sgd", "column_wise"),
+    ("rowwise_adagrad", "row_wise"),
+    ("rowwise_adagrad", "data_parallel"),
+    ("adagrad", "data_parallel"),
+]
+NAMES = [case.name for case in sharded.STATIC]
+FEW = ["qr product", "mixed"]
+
+
+@cache
+def expected(name: str, optimizer: str):
+    return sharded.alone(next(case for case in sharded.STATIC if case.name == name), optimizer)
+
+
+@cache
+def found(folder: Path, world_size: int, some: bool):
+    """Everything is trained by one set of processes: starting them is what takes time."""
+    runs = [(name, optimizer, plan) for name in NAMES for optimizer, plan in PAIRS]
+    runs += [(name, optimizer, plan) for name in (FEW if some else NAMES) for optimizer, plan in MORE]
+    sharded.spawn(sharded.run_cases, world_size, str(folder), runs)
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parity")
+
+
+def check(results: dict, name: str, optimizer: str, plan: str) -> None:
+    losses, tables = results[name, optimizer, plan]
+    wanted_losses, wanted = expected(name, optimizer)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted_losses), rtol=1e-6, atol=1e-6)
+    assert tables.keys() == wanted.keys()
+    for key, table in wanted.items():
+        torch.testing.assert_close(tables[key], table, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize(("optimizer", "plan"), PAIRS)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_every_method_as_one(folder, name, optimizer, plan):
+    check(found(folder, 2, True), name, optimizer, plan)
+
+
+@pytest.mark.parametrize(("optimizer", "plan"), MORE)
+@pytest.mark.parametrize("name", FEW)
+def test_every_kind_of_sharding_trains_as_one(folder, name, optimizer, plan):
+    check(found(folder, 2, True), name, optimizer, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_one_two_and_four_processes_train_every_method_as_one(tmp_path, world_size):
+    for name, optimizer, plan in found(tmp_path, world_size, False):
+        check(found(tmp_path, world_size, False), name, optimizer, plan)

@@ -1,0 +1,86 @@
+"""Checkpoints of sharded runs, what sharding refuses, and plans for machines that are not there."""
+
+import pytest
+import sharded
+import torch
+
+import embtab as et
+from embtab.errors import UserError
+from embtab.lookup import Optimizer
+from embtab.methods import Table
+from embtab.sharding.offline import describe_shards
+from embtab.sharding.placement import kinds, sharders
+
+OPTIMIZERS = ["adagrad", "rowwise_adagrad"]
+
+
+def check_resumed(folder, world_size: int) -> None:
+    for optimizer in OPTIMIZERS:
+        losses, tables = torch.load(folder / f"{optimizer}.{world_size}.pt", weights_only=True)
+        wanted_losses, wanted = sharded.alone(sharded.STATIC[-1], optimizer)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted_losses[3:]), rtol=1e-6, atol=1e-6)
+        assert tables.keys() == wanted.keys()
+        assert any(name.endswith(".optimizer") for name in wanted)
+        for name, table in wanted.items():
+            torch.testing.assert_close(tables[name], table, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.distributed
+def test_two_processes_write_and_one_goes_on_under_another_plan(tmp_path):
+    sharded.spawn(sharded.resume_cases, 2, str(tmp_path), "row_wise", True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.ckpt" for name in OPTIMIZERS]
+    sharded.spawn(sharded.resume_cases, 1, str(tmp_path), "table_wise", False)
+    check_resumed(tmp_path, 1)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_write_and_two_or_four_go_on(tmp_path):
+    sharded.spawn(sharded.resume_cases, 2, str(tmp_path), "table_wise", True)
+    for world_size, plan in ((2, "auto"), (4, "row_wise")):
+        sharded.spawn(sharded.resume_cases, world_size, str(tmp_path), plan, False)
+        check_resumed(tmp_path, world_size)
+
+
+@pytest.mark.distributed
+def test_what_cannot_be_is_refused_on_every_rank(tmp_path):
+    sharded.spawn(sharded.refusals, 2, str(tmp_path))
+    for rank in (0, 1):
+        seen = torch.load(tmp_path / f"seen{rank}.pt", weights_only=True)
+        assert seen["kept"], "sharding changed the tables"
+        assert "weights of a batch get no gradient" in seen["weights"]
+        assert "is spread over processes" in seen["table"]
+        assert "ZeroDivisionError" in seen["first"]
+        assert "column_wise cuts rows" in seen["columns"]
+        assert "cannot be sharded" in seen["adaptive"]
+        assert 'use backend="fbgemm"' in seen["torch"]
+        assert "unwritten" in seen
+        assert seen["survives"], "a checkpoint that failed to be written replaced the one before"
+
+
+def test_small_tables_are_replicated_and_names_are_checked():
+    tables = [Table("small", 1000, 16), Table("large", 100_000, 16)]
+    assert kinds(tables, "auto", Optimizer()) == {"small": "data_parallel", "large": "auto"}
+    assert kinds(tables, {"small": "row_wise"}, Optimizer()) == {"small": "row_wise", "large": "auto"}
+    with pytest.raises(UserError, match="no table 'medium'; there are small, large"):
+        kinds(tables, {"medium": "row_wise"}, Optimizer())
+    with pytest.raises(UserError, match="'rowwise' is none of auto, table_wise"):
+        kinds(tables, "rowwise", Optimizer())
+
+
+def test_sharders_do_not_share_what_torchrec_writes_into():
+    first, second = (each.fused_params for each in sharders(Optimizer("sgd", 0.5)))
+    assert first == second
+    assert first is not second
+
+
+def test_a_plan_for_devices_that_are_not_there():
+    features = [et.Feature("shop", 100), et.Feature("item", 3_000_000), et.Feature("user", 40_000_000)]
+    shown = describe_shards(et.plan(features, "dense", dim=32), 4, "4GB")
+    rows = {line.split()[0]: line.split() for line in shown.splitlines()}
+    assert rows["shop"][4] == "data_parallel"
+    assert rows["user"][4] == "row_wise"  # 40M x (32 + 1) x 4 bytes = 5.28 GB do not fit one device
+    assert rows["user"][6:] == ["5.28", "GB"]
+    assert sum(line.startswith("device ") for line in shown.splitlines()) == 4
+    with pytest.raises(UserError, match="do not fit 1 devices"):
+        describe_shards(et.plan(features, "dense", dim=32), 1, "4GB")
