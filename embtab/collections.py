@@ -244,7 +244,7 @@ class _Collection(nn.Module):
             specs = encoding.arrays()
             for name, array in self.arrays.of(space).items():
                 if specs[name].dtype == "float32":
-                    array.normal_(specs[name].mean, specs[name].std)
+                    array.normal_(specs[name].mean, specs[name].std * (std if specs[name].relative else 1))
                 else:
                     generator = np.random.default_rng(abs(seed_of(space, 0, self.plan.seed)))
                     array.copy_(torch.from_numpy(encoding.initial(name, generator)))

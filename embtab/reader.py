@@ -150,6 +150,16 @@ def mixed_dim(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> n
     return vectors
 
 
+def decoded(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """Hashes of the id, scaled to [-1, 1], through a network; below zero, a hidden number counts a hundredth."""
+    buckets, step = 1_000_000, 0x9E3779B97F4A7C15
+    hashes = [hash_rows(ids, e["seed"] + k * step, buckets) for k in range(e["hashes"])]
+    x = (2 * np.stack(hashes, axis=1) / (buckets - 1) - 1).astype(np.float32)
+    for k in range(e["layers"] + 1):
+        x = (np.maximum(x, x / 100) if k else x) @ arrays[f"weight{k}"].T + arrays[f"bias{k}"]
+    return x
+
+
 DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]] = {
     "dense": dense,
     "hash": hashed,
@@ -165,6 +175,7 @@ DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]
     "memcom": scaled,
     "robe": robe,
     "tt": tensor_train,
+    "dhe": decoded,
 }
 
 

@@ -4,6 +4,7 @@ from embtab.methods.base import PRECISIONS, Encoding, Spec, Table
 from embtab.methods.cafe import CAFE
 from embtab.methods.cce import CCE
 from embtab.methods.dense import Dense
+from embtab.methods.dhe import DHE
 from embtab.methods.freqcut import FreqCut
 from embtab.methods.hash import Hash
 from embtab.methods.lowrank import LowRank
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Encoding]] = {
     "memcom": MEmCom,
     "robe": Robe,
     "tt": TensorTrain,
+    "dhe": DHE,
 }
 
 __all__ = ["METHODS", "PRECISIONS", "Encoding", "Spec", "Table"]

@@ -111,6 +111,7 @@ class ArraySpec:
         mean: their mean.
         part: what a report calls these bytes.
         serving: False for what only training needs (counters): saved in checkpoints, but no serving bytes.
+        relative: whether `std` is in units of the standard deviation asked for composed vectors.
     """
 
     shape: tuple[int, ...]
@@ -119,6 +120,7 @@ class ArraySpec:
     mean: float = 0.0
     part: str = "projections"
     serving: bool = True
+    relative: bool = False
 
     @property
     def nbytes(self) -> int:
