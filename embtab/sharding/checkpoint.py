@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from embtab.errors import UserError
 from embtab.sharding.processes import first_says
@@ -58,7 +60,7 @@ def save(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Non
     first_says(begin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(dict(state), checkpoint_id=beside)
+        write_tensors(dict(state), checkpoint_id=beside)
     first_says(end)
 
 
@@ -119,7 +121,7 @@ def load(folder: Path, state: Mapping[str, Any], optional: Callable[[str], bool]
         wanted[name] = target
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(wanted, checkpoint_id=folder)
+        read_tensors(wanted, checkpoint_id=folder)
 
 
 def read_whole(folder: Path) -> dict[str, Tensor]:
@@ -129,7 +131,7 @@ def read_whole(folder: Path) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        read_tensors(state, checkpoint_id=folder, no_dist=True)
     shapes: Mapping[str, Sequence[int]] = read_meta(folder).get("shapes", {})
     for name, shape in shapes.items():
         if name in state:
@@ -141,6 +143,6 @@ def read_whole(folder: Path) -> dict[str, Tensor]:
 def _tensors(folder: Path) -> dict[str, Any]:
     """Sizes and types of the stored tensors, by name."""
     try:
-        return dict(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         raise UserError(f"{folder}: damaged, or not a checkpoint made by a sharded run") from None

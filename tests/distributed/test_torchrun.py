@@ -38,7 +38,8 @@ def test_a_killed_process_stops_the_run_which_goes_on_from_its_checkpoint(tmp_pa
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not (checkpoint / "meta.pt").exists():
-        assert time.monotonic() < deadline and run.poll() is None, run.communicate(timeout=60)[0]
+        assert run.poll() is None, run.communicate(timeout=60)[0]
+        assert time.monotonic() < deadline
         time.sleep(0.2)
     os.kill(child_of(run), signal.SIGKILL)
     said, _ = run.communicate(timeout=130)
