@@ -15,9 +15,10 @@ from test_reader import put, sign
 
 import embtab as et
 from embtab import cli, fitting
+from embtab.decoders import hash_rows
 from embtab.errors import DataError, UserError
 from embtab.importing import read_dense, reconstruction_errors
-from embtab.reader import Bundle, hash_rows
+from embtab.reader import Bundle
 
 N, D = 60, 4
 RANDOM = np.random.default_rng(0)

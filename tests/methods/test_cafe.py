@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab import reader
+from embtab import decoders, reader
 from embtab.errors import UserError
 from embtab.methods.cafe import CAFE
 
@@ -54,7 +54,7 @@ def rows(tables: et.EmbeddingBagCollection, ids: np.ndarray) -> np.ndarray:
 def hot(tables: et.EmbeddingBagCollection) -> set[int]:
     """The ids that own a row."""
     slots, cafe = tables_of(tables)["f.slots"], encoding(tables)
-    home = reader.hash_rows(slots, cafe.seeds[0], cafe.num_buckets)
+    home = decoders.hash_rows(slots, cafe.seeds[0], cafe.num_buckets)
     return set(slots[home == np.arange(len(slots)) // 4].tolist())
 
 
@@ -85,7 +85,7 @@ def test_no_vector_jumps_when_an_id_is_promoted(backend: str) -> None:
         stayed = np.setdiff1d(everything, demoted)
         np.testing.assert_array_equal(after[stayed], before[stayed])
         shared = 4 * encoding(tables).num_buckets
-        shared_rows = shared + reader.hash_rows(demoted, encoding(tables).seeds[1], encoding(tables).num_rows)
+        shared_rows = shared + decoders.hash_rows(demoted, encoding(tables).seeds[1], encoding(tables).num_rows)
         np.testing.assert_array_equal(after[demoted], tables_of(tables)["f"][shared_rows])
         assert len(demoted)
     assert set(later.tolist()) <= hot(tables)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from laws import single_ids, tables_of
 
 import embtab as et
-from embtab import reader
+from embtab import decoders
 from embtab.errors import UserError
 from embtab.kmeans import group_means, kmeans, nearest
 from embtab.methods.cce import CCE
@@ -49,7 +49,7 @@ def test_rows_are_the_pointers_then_the_hashes(kind: str) -> None:
     else:
         rows = cce.rows(ids, c)
     for row, id_ in zip(np.asarray(rows), [3, 999, 3], strict=True):
-        hashed = [int(reader.hash_rows(np.array([id_]), int(seed), cce.num_rows)[0]) for seed in seeds]
+        hashed = [int(decoders.hash_rows(np.array([id_]), int(seed), cce.num_rows)[0]) for seed in seeds]
         pointed = [int(pointer) for pointer in pointers[id_]]
         expected = [pointed[0], cce.centroids + pointed[1], hashed[0], cce.num_rows + hashed[1]]
         assert row.tolist() == expected
@@ -89,7 +89,7 @@ def test_a_clustering_is_what_its_definition_says(backend: str, options: dict) -
         own = distances[np.arange(800), pointers[:, j]]
         np.testing.assert_allclose(own, distances.min(1), atol=1e-4)
         assert own.mean() < sums.var(0).sum()
-        hashed = reader.hash_rows(np.arange(800), int(seeds[j]), cce.num_rows)
+        hashed = decoders.hash_rows(np.arange(800), int(seeds[j]), cce.num_rows)
         for row in range(cce.num_rows):
             left_over = (sums - t0[pointers[:, j]])[hashed == row]
             expected = left_over.mean(0) if len(left_over) else np.zeros(width)
