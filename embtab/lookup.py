@@ -152,6 +152,9 @@ class StackedLookup(Lookup):
             chosen = [i for i, request in enumerate(requests) if request.width == width]
             group = [requests[i] for i in chosen]
             sums = self.sum_bags(width, *_joined(group))
+            if len(group) == 1:  # a split would copy the gradient
+                answers[chosen[0]] = sums
+                continue
             sizes = [len(r.rows) if r.lengths is None else len(r.lengths) for r in group]
             for i, part in zip(chosen, sums.split(sizes), strict=True):
                 answers[i] = part
