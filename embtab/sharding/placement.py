@@ -138,7 +138,7 @@ def sharding_plan(
         for config in _configs(module):
             kind = by_code[config.name]
             constraints[config.name] = ParameterConstraints(
-                sharding_types=["table_wise", "row_wise"] if kind == "auto" else [kind],
+                sharding_types=_types(kind, config.num_embeddings, world_size),
                 compute_kernels=["fused"],
                 min_partition=_columns(config.embedding_dim, world_size) if kind == "column_wise" else None,
             )
@@ -165,6 +165,15 @@ def sharding_plan(
 def _configs(module: nn.Module) -> list[Any]:
     read = "embedding_bag_configs" if hasattr(module, "embedding_bag_configs") else "embedding_configs"
     return list(getattr(module, read)())
+
+
+def _types(kind: str, rows: int, world_size: int) -> list[str]:
+    """What the planner may choose. A table too short to give every process rows stays in one piece: fbgemm's kernels
+    refuse to hold none.
+    """
+    short = -(-rows // world_size) * (world_size - 1) >= rows
+    allowed = ["table_wise", "row_wise"] if kind == "auto" else [kind]
+    return ["table_wise" if short and each == "row_wise" else each for each in allowed]
 
 
 def _columns(width: int, world_size: int) -> int:
