@@ -6,6 +6,7 @@ A mistake of the user is one line on stderr and exit code 2; Ctrl-C is exit code
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     # Threads that spin while they wait make fbgemm ten times slower on a machine that is shared (measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # a hint to developers of torchrec, at its import
     try:
         if given and given[0] in TRAINING:
             from embtab.training.cli import main as train

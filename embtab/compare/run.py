@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -131,6 +132,7 @@ def _outcomes(sweep: Sweep, by_key: dict[str, list[_Work]], jobs: int) -> Iterat
 
 def _outcome(sweep: Sweep, work: _Work) -> Row:
     """Trains one cell; a failure is a result too, and the rest of the sweep goes on."""
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)  # also in processes that the command line did not start
     from embtab.compare.train import train
 
     try:
