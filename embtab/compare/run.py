@@ -24,6 +24,7 @@ from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import read_features
 from embtab.files import locked, write_text
+from embtab.lookup import Optimizer
 from embtab.planning import Plan, plan
 
 Row = dict[str, Any]
@@ -58,38 +59,57 @@ def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
         UserError: for settings that make no sense, or when another process writes to `out`.
     """
     dataset = Dataset.load(sweep.data)
-    features = read_features(sweep.data)
+    from embtab.compare.train import make_model
+
+    planned = _planned(sweep, dataset)  # before anything is written: a mistake leaves no folder behind
+    make_model(sweep, len(dataset.dense), len(dataset.features))
+    Optimizer(sweep.table_optimizer, sweep.table_lr)
     with locked(out):
         rows = _read(out / "results.csv")
-        work: dict[str, _Work] = {}
-        for cell in sweep.cells():
-            row = _row(sweep, dataset, cell)
-            try:
-                made = plan(features, cell.method, cell.budget, sweep.dim, cell.seed, cell.precision)
-            except InfeasibleBudget as error:
-                row |= {"status": "infeasible", "min_bytes": error.min_bytes, "error": str(error)}
-                row["key"] = f"infeasible {cell.name} {dataset.fingerprint}"
+        work: list[_Work] = []
+        for row, made in planned:
+            done = None if made is None else _done(rows, row["key"])
+            if made is None:
                 rows[_place(row)] = row
-                continue
-            row |= {"nbytes": made.nbytes, "dense_nbytes": made.dense_nbytes, "budget_bytes": made.budget}
-            row |= {"bytes_by_part": made.bytes_by_part(), "key": cell_key(sweep, made, dataset.fingerprint, cell.seed)}
-            done = _done(rows, row["key"])
-            if done is not None:  # the same run, perhaps under another budget
+            elif done is not None:  # the same run, perhaps under another budget
                 rows[_place(row)] = {**done, **{k: row[k] for k in ("method", "budget", "budget_bytes")}}
             else:
-                work[cell.name] = _Work(made, row)
+                work.append(_Work(made, row))
         _write(out / "results.csv", rows)
-        _train_all(sweep, list(work.values()), rows, out, jobs)
-        report = markdown(sweep, dataset, [rows[place] for place in _places(sweep, dataset) if place in rows])
+        _train_all(sweep, work, rows, out, jobs)
+        mine = [rows[_place(row)] for row, _ in planned]
+        report = markdown(sweep, dataset, mine)
         write_text(out / "report.md", report)
-    failed = [row for row in rows.values() if row["status"] == "failed"]
+    failed = [row for row in mine if row["status"] == "failed"]
     if failed:
         first = failed[0]
         raise UserError(
-            f"{len(failed)} of {len(sweep.cells())} runs failed (run again to retry them; the others are kept in "
+            f"{len(failed)} of {len(mine)} runs failed (run again to retry them; the others are kept in "
             f"{out}); first {first['method']}, {first['budget']}, seed {first['seed']}: {first['error']}"
         )
     return report
+
+
+def _planned(sweep: Sweep, dataset: Dataset) -> list[tuple[Row, Plan | None]]:
+    """Every cell's row before it runs, with its plan; None where its budget is infeasible.
+
+    Raises:
+        UserError: for a method, option or budget that makes no sense.
+    """
+    features = read_features(sweep.data)
+    planned: list[tuple[Row, Plan | None]] = []
+    for cell in sweep.cells():
+        row = _row(sweep, dataset, cell)
+        try:
+            made = plan(features, cell.method, cell.budget, sweep.dim, cell.seed, cell.precision)
+        except InfeasibleBudget as error:
+            row |= {"status": "infeasible", "min_bytes": error.min_bytes, "error": str(error)}
+            planned.append((row | {"key": f"infeasible {cell.name} {dataset.fingerprint}"}, None))
+            continue
+        row |= {"nbytes": made.nbytes, "dense_nbytes": made.dense_nbytes, "budget_bytes": made.budget}
+        row |= {"bytes_by_part": made.bytes_by_part(), "key": cell_key(sweep, made, dataset.fingerprint, cell.seed)}
+        planned.append((row, made))
+    return planned
 
 
 def _train_all(sweep: Sweep, work: list[_Work], rows: dict[str, Row], out: Path, jobs: int) -> None:
@@ -173,10 +193,6 @@ def _place(row: Row) -> str:
             settings,
         )
     )
-
-
-def _places(sweep: Sweep, dataset: Dataset) -> list[str]:
-    return [_place(_row(sweep, dataset, cell)) for cell in sweep.cells()]
 
 
 def _done(rows: dict[str, Row], key: str) -> Row | None:

@@ -48,7 +48,7 @@ def train(sweep: Sweep, plan: Plan, seed: int, show: bool = False) -> dict[str, 
     tables = EmbeddingBagCollection(
         plan, optimizer=Optimizer(sweep.table_optimizer, sweep.table_lr), init_std=sweep.init_std
     )
-    model = _model(sweep, len(data.dataset.dense), len(plan.features))
+    model = make_model(sweep, len(data.dataset.dense), len(plan.features))
     task = RankingTask(tables, model, lr=sweep.lr, weight_decay=sweep.weight_decay)
     progress = Progress()
     if not show:
@@ -80,8 +80,12 @@ def train(sweep: Sweep, plan: Plan, seed: int, show: bool = False) -> dict[str, 
     }
 
 
-def _model(sweep: Sweep, num_dense: int, num_features: int) -> torch.nn.Module:
-    """The ranker by name, with only options it has."""
+def make_model(sweep: Sweep, num_dense: int, num_features: int) -> torch.nn.Module:
+    """The ranker by name, with only options it has.
+
+    Raises:
+        UserError: for an unknown name or option, or a value the ranker refuses.
+    """
     options = dict(sweep.model)
     name = options.pop("name", None)
     classes = {

@@ -137,3 +137,24 @@ def test_numbers_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     sweep = read_sweep(file, seeds=[4])
     assert (sweep.lr, sweep.seeds) == (0.001, (4,))
     assert [label(cell.method) for cell in sweep.cells()] == ["qr op=sum"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": ("8 apples",)}, "'8 apples' is not a size"),
+        ({"budgets": (0,)}, "must be above zero"),
+        ({"methods": ("magic",)}, "unknown method 'magic'"),
+        ({"methods": ({"name": "qr", "opp": "sum"},)}, "has no option 'opp'"),
+        ({"precisions": ("int3",)}, "unknown precision 'int3'"),
+        ({"table_optimizer": "adam"}, "must be one of sgd, adagrad"),
+        ({"model": {"name": "Magic"}}, "unknown model 'Magic'"),
+        ({"model": {"name": "AutoInt", "heads": 2}}, "model AutoInt has no option 'heads'"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_leaves_nothing_behind(
+    data: str, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        compare(sweep_of(data, **changes), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
