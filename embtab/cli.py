@@ -6,6 +6,7 @@ A mistake of the user is one line on stderr and exit code 2; Ctrl-C is exit code
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -88,18 +89,18 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         "--blank", type=float, default=0.0, help="what a blank integer becomes; -0.5 is told from all (default 0)"
     )
     _add_shares(criteo, 0.1, 0.1)
-    criteo.set_defaults(run=_prepare_criteo)
+    criteo.set_defaults(run=_prepare, kind="criteo", options=("min_count", "dense_transform", "blank", "valid", "test"))
 
     movielens = kinds.add_parser("movielens", help="ml-100k ratings in time order, or ml-1m pairs with drawn negatives")
     movielens.add_argument("raw", type=Path, metavar="RAW", help="the folder of the raw files")
     movielens.add_argument("--negatives", type=int, default=1, help="per pair of ml-1m (default %(default)s)")
     movielens.add_argument("--seed", type=int, default=0, help="of negatives and split (default %(default)s)")
     _add_shares(movielens, 0.1, 0.2)
-    movielens.set_defaults(run=_prepare_movielens)
+    movielens.set_defaults(run=_prepare, kind="movielens", options=("negatives", "seed", "valid", "test"))
 
     frappe = kinds.add_parser("frappe", help="Frappe app usage, libsvm files")
     frappe.add_argument("raw", type=Path, metavar="RAW", help="the folder of the raw files")
-    frappe.set_defaults(run=_prepare_frappe)
+    frappe.set_defaults(run=_prepare, kind="frappe", options=())
 
     synthetic = kinds.add_parser("synthetic", help="Criteo-shaped data of any size whose best possible AUC is known")
     synthetic.add_argument("--rows", type=int, default=1_000_000, help="(default %(default)s)")
@@ -109,7 +110,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     synthetic.add_argument("--multi", type=int, default=0, help="features that hold several ids (default %(default)s)")
     synthetic.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     _add_shares(synthetic, 0.1, 0.1)
-    synthetic.set_defaults(run=_prepare_synthetic)
+    synthetic.set_defaults(run=_prepare, kind="synthetic", options=("rows", "scale", "multi", "seed", "valid", "test"))
 
     sequences = kinds.add_parser("sequences", help="behaviour logs: each target with the events before it")
     _add_sequences(sequences)
@@ -155,57 +156,12 @@ def _skipped(arguments: argparse.Namespace) -> bool:
     return there
 
 
-def _prepare_criteo(arguments: argparse.Namespace) -> None:
-    from embtab.datasets import criteo
-
+def _prepare(arguments: argparse.Namespace) -> None:
+    """Runs `prepare` of the kind's module with the options its parser has."""
     if not _skipped(arguments):
-        dataset = criteo.prepare(
-            arguments.raw,
-            arguments.out,
-            min_count=arguments.min_count,
-            dense_transform=arguments.dense_transform,
-            valid=arguments.valid,
-            test=arguments.test,
-            blank=arguments.blank,
-        )
-        _say_prepared(arguments.out, dataset)
-
-
-def _prepare_movielens(arguments: argparse.Namespace) -> None:
-    from embtab.datasets import movielens
-
-    if not _skipped(arguments):
-        dataset = movielens.prepare(
-            arguments.raw,
-            arguments.out,
-            negatives=arguments.negatives,
-            seed=arguments.seed,
-            valid=arguments.valid,
-            test=arguments.test,
-        )
-        _say_prepared(arguments.out, dataset)
-
-
-def _prepare_frappe(arguments: argparse.Namespace) -> None:
-    from embtab.datasets import frappe
-
-    if not _skipped(arguments):
-        _say_prepared(arguments.out, frappe.prepare(arguments.raw, arguments.out))
-
-
-def _prepare_synthetic(arguments: argparse.Namespace) -> None:
-    from embtab.datasets import synthetic
-
-    if not _skipped(arguments):
-        dataset = synthetic.prepare(
-            arguments.out,
-            rows=arguments.rows,
-            scale=arguments.scale,
-            multi=arguments.multi,
-            seed=arguments.seed,
-            valid=arguments.valid,
-            test=arguments.test,
-        )
+        module = importlib.import_module(f"embtab.datasets.{arguments.kind}")
+        folders = [arguments.raw, arguments.out] if "raw" in arguments else [arguments.out]
+        dataset = module.prepare(*folders, **{name: getattr(arguments, name) for name in arguments.options})
         _say_prepared(arguments.out, dataset)
 
 
