@@ -131,9 +131,27 @@ class FitCLI(LightningCLI):
         attention = getattr(self.model, "attention", None)
         if attention is not None:
             print(f"attention:\n{attention.plan.describe()}", file=sys.stderr)
+        self._check_that_something_is_left(kwargs.get("ckpt_path"))
         self.trainer.fit(weights_only=True, **kwargs)
         if self.trainer.is_global_zero:
             print(f"run: {self.trainer.log_dir}", file=sys.stderr)
+
+    def _check_that_something_is_left(self, path: str | None) -> None:
+        """The Trainer would end at once without a word; it counts an epoch that max_steps cut short as done.
+
+        Raises:
+            UserError: when the checkpoint has as many epochs or steps behind it as the run may take.
+        """
+        if path is None:
+            return
+        checkpoint = read_checkpoint(path)
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        for name, done, most in (
+            ("max_epochs", epochs, self.trainer.max_epochs),
+            ("max_steps", checkpoint["global_step"], self.trainer.max_steps),
+        ):
+            if most is not None and 0 <= most <= done:
+                raise UserError(f"{path}: nothing is left to train, {name} is {most} and {done} are done; raise {name}")
 
     def validate(self, **kwargs: Any) -> None:
         """Measures a checkpoint on the validation split."""

@@ -106,6 +106,17 @@ def test_a_run_that_broke_off_ends_where_a_whole_one_does(config, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_a_run_with_nothing_left_to_train_says_so_and_writes_nothing(config, capsys, limit):
+    path = config(trainer__max_epochs=1, trainer__max_steps=5 if limit == "max_steps" else -1)
+    assert main(["fit", "--config", path]) == 0
+    last = "runs/fit/version_0/checkpoints/last.ckpt"
+    more = ["--trainer.max_epochs", "9"] if limit == "max_steps" else []
+    assert main(["fit", "--config", path, "--ckpt_path", last, *more]) == 2
+    assert f"nothing is left to train, {limit} is" in capsys.readouterr().err
+    assert not Path("runs/fit/version_1").exists()
+
+
 def test_the_same_seed_gives_the_same_run(config):
     path = config(trainer__max_epochs=1)
     assert main(["fit", "--config", path]) == 0
