@@ -102,7 +102,7 @@ class RankingTask(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Probabilities [B] of a click."""
-        return torch.sigmoid(self._evaluated(batch))
+        return torch.sigmoid(self(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Logs val/auc, val/logloss, val/ne, val/calibration, and val/gauc where the data names users."""
@@ -141,15 +141,9 @@ class RankingTask(L.LightningModule):
         found = getattr(self.tables, "plan", None)
         return found if isinstance(found, Plan) else None
 
-    def _evaluated(self, batch: Batch) -> Tensor:
-        # The Trainer evaluates in inference mode, which fbgemm's training kernels refuse.
-        with torch.inference_mode(False), torch.no_grad():
-            logits: Tensor = self(batch)
-        return logits
-
     def _keep(self, batch: Batch) -> None:
         users = None if batch.user is None else batch.user.cpu().numpy()
-        self._seen.append((self._evaluated(batch).float().cpu().numpy(), batch.label.cpu().numpy(), users))
+        self._seen.append((self(batch).float().cpu().numpy(), batch.label.cpu().numpy(), users))
 
     def _log_metrics(self, stage: str) -> None:
         seen = gathered(self._seen)
