@@ -200,7 +200,7 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     from embtab.bundle import load, refuse_existing, save
-    from embtab.cli import read_option
+    from embtab.commands.parser import read_option
     from embtab.features import id_spaces
     from embtab.importing import features_of, from_dense, read_dense, reconstruction_errors
     from embtab.planning import plan

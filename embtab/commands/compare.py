@@ -1,0 +1,34 @@
+"""embtab compare: methods at equal bytes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from embtab.errors import UserError
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of embtab compare."""
+    parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="what to compare")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.csv and report.md; resumes")
+    parser.add_argument("--data", help="a dataset folder, in place of the configuration's")
+    parser.add_argument("--seeds", help="such as 0,1,2, in place of the configuration's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default %(default)s)")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from embtab.compare.run import compare
+    from embtab.compare.sweep import read_sweep
+
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
+    try:
+        seeds = None if arguments.seeds is None else [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {arguments.seeds!r}: write whole numbers, such as 0,1,2") from None
+    sweep = read_sweep(arguments.config, data=arguments.data, seeds=seeds)
+    print(compare(sweep, arguments.out, arguments.jobs))
+    print(f"{arguments.out}/report.md and {arguments.out}/results.csv", file=sys.stderr)

@@ -1,0 +1,29 @@
+"""What every command's arguments are read with."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from embtab.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2 and points to the help."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def read_option(text: str) -> tuple[str, int | float | str]:
+    """A method's option from "KEY=VALUE"."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UserError(f"--option {text!r}: write KEY=VALUE, such as op=sum")
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value
