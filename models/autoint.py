@@ -78,7 +78,7 @@ class AutoInt(nn.Module):
         num_features: number of categorical fields.
         dim: embedding dimension.
         attention_dim: width of an attention layer's output, all heads together; a multiple of `num_heads`.
-        num_layers: number of attention layers.
+        num_layers: number of attention layers; 0 leaves a linear layer over the fields and the DNN, the cheapest ranker.
         num_heads: number of heads of each.
         dnn: widths of the DNN's hidden layers; empty for plain AutoInt.
         dropout: share of the DNN's hidden activations dropped while training.
@@ -107,8 +107,8 @@ class AutoInt(nn.Module):
         num_fields = num_dense + num_features
         if num_fields < 1 or min(num_dense, num_features) < 0 or dim < 1:
             raise UserError(f"AutoInt needs fields; got {num_dense} numeric, {num_features} categorical of width {dim}")
-        if num_layers < 1:
-            raise UserError(f"num_layers must be at least 1, got {num_layers}")
+        if num_layers < 0:
+            raise UserError(f"num_layers must not be negative, got {num_layers}")
         if not 0 <= dropout < 1 or (dropout and not dnn):
             raise UserError(f"dropout {dropout} must lie in [0, 1) and acts on the DNN only, here {tuple(dnn)}")
         self.numeric = nn.Parameter(torch.empty(num_dense, dim).normal_(std=0.01))
@@ -116,7 +116,7 @@ class AutoInt(nn.Module):
         self.attention = nn.Sequential(
             *(InteractingLayer(a, b, num_heads, use_scale, layer_norm) for a, b in pairwise(widths))
         )
-        self.logit = _glorot(nn.Linear(num_fields * attention_dim, 1))
+        self.logit = _glorot(nn.Linear(num_fields * widths[-1], 1))
         self.dnn = _tower(num_fields * dim, dnn, dropout) if dnn else None
 
     def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def test_dropout_acts_in_training_only():
     [
         ({"attention_dim": 10, "num_heads": 3}, "attention_dim 10"),
         ({"num_heads": 0}, "num_heads 0"),
-        ({"num_layers": 0}, "num_layers"),
+        ({"num_layers": -1}, "num_layers"),
         ({"dropout": 1.0}, "dropout 1.0"),
         ({"dropout": 0.5, "dnn": ()}, "DNN only"),
         ({"num_dense": 0, "num_features": 0}, "0 numeric, 0 categorical"),
