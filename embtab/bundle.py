@@ -10,7 +10,6 @@ config.json             everything else, with the sha256 of every file; written 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +22,14 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab import __version__, card, files, golden
-from embtab.bundle_files import CONFIG, FORMAT, VERSION, config_digest, file_digest, open_tensors, tensor_specs
+from embtab.bundle_files import FORMAT, VERSION, open_tensors, tensor_specs
 from embtab.collections import EmbeddingBagCollection, _Collection
 from embtab.errors import UserError
 from embtab.methods import PRECISIONS, Table
 from embtab.planning import Plan
 from embtab.quantise import quantise
 from embtab.reader import VOCABULARY, Bundle, physical
+from embtab.signed import CONFIG, write_signed
 from embtab.vocabulary import Vocabulary, vocabulary_tensors
 
 MAX_FILE_BYTES = 2_000_000_000
@@ -99,13 +99,7 @@ def save(
             "quality": dict(quality or {}),
         }
         files.write_text(beside / "README.md", card.model_card(plan, about))
-        mode = (beside / "README.md").stat().st_mode
-        for file in beside.iterdir():
-            file.chmod(mode)  # safetensors makes its files private
-            files.sync(file)
-        listed = {file.name: file for file in sorted(beside.iterdir())}
-        about["files"] = {name: {"bytes": f.stat().st_size, "sha256": file_digest(f)} for name, f in listed.items()}
-        _write_config(beside / CONFIG, about)
+        write_signed(beside, about)
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -245,14 +239,6 @@ def torch_answers(tables: _Collection) -> golden.Answer:
         return found
 
     return answers
-
-
-def _write_config(path: Path, about: Mapping[str, Any]) -> None:
-    """config.json, its own digest at its end."""
-    zeros = "0" * 64
-    text = json.dumps({**about, "sha256": zeros}, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    digest = config_digest(text.encode(), zeros)
-    files.write_text(path, text.replace(f'"sha256": "{zeros}"', f'"sha256": "{digest}"'))
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from embtab.bundle_files import BundleError, check_files, check_finite, map_tensors, open_tensors, read_config
+from embtab.bundle_files import check_finite, map_tensors, open_tensors, read_config
 from embtab.decoders import DECODERS, Tables
 from embtab.rows import Rows
+from embtab.signed import BundleError, check_files
 
 VOCABULARY = "vocabulary.safetensors"
 

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file
 import embtab as et
 from embtab import golden
 from embtab.bundle import torch_answers
-from embtab.bundle_files import BundleError
 from embtab.errors import UserError
 from embtab.quantise import served
 from embtab.reader import Bundle
+from embtab.signed import BundleError
 
 MIXED = next(case for case in CASES if case.name == "mixed")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

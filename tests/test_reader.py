@@ -19,8 +19,8 @@ import torch
 
 import embtab as et
 from embtab import golden
-from embtab.bundle_files import BundleError, config_digest, file_digest
 from embtab.reader import Bundle
+from embtab.signed import BundleError, config_digest, file_digest
 
 FEATURES = [et.Feature("colour", 3), et.Feature("item", 90, pooling="mean"), et.Feature("user", 400)]
 PLAN = et.plan(FEATURES, {"colour": "dense", "item": "qr", "*": "unified"}, "0.4x", dim=4, precision="int8")

@@ -51,7 +51,7 @@ def _quality(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from embtab.bundle_files import CONFIG
+    from embtab.signed import CONFIG
 
     is_bundle = (arguments.source / CONFIG).is_file()
     if arguments.format != "bundle":
