@@ -1,0 +1,119 @@
+"""Embedding tables alone: forward, and forward + backward + update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torchrec
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embtab.bench.timing import Arm, Stopwatch
+from embtab.bench.workload import Case
+from embtab.collections import EmbeddingBagCollection
+from embtab.commands.parser import read_option
+from embtab.lookup import Optimizer
+from embtab.planning import plan
+
+LR = 0.01
+TORCHREC, TORCH = "torchrec", "nn.EmbeddingBag"
+DENSE_ARMS = (TORCHREC, TORCH, "dense")
+
+
+@dataclass
+class Tables:
+    """Tables under test.
+
+    Args:
+        forward: batch -> vectors [B, F * D].
+        update: what follows backward, where an optimizer is outside.
+        module: for whole rankers.
+        parameters: those an outer optimizer updates sparsely.
+    """
+
+    forward: Callable[[KeyedJaggedTensor], Tensor]
+    update: Callable[[], None]
+    module: nn.Module
+
+
+def make_tables(name: str, case: Case, budget: str, optimizer: str, device: torch.device) -> Tables:
+    """Tables by name: "torchrec", "nn.EmbeddingBag", or a method of ours such as "qr" or "qr:op=sum".
+
+    Args:
+        name: of the arm.
+        case: features and dim.
+        budget: of a method that compresses.
+        optimizer: fused into backward; outside, for nn.EmbeddingBag, SGD takes its place.
+        device: where the tables live.
+    """
+    if name == TORCHREC:
+        return _torchrec(case, optimizer, device)
+    if name == TORCH:
+        return _torch(case, device)
+    method, _, options = name.partition(":")
+    chosen = {"name": method} | dict(read_option(option) for option in options.split(",") if option)
+    planned = plan(case.features, chosen, None if method == "dense" else budget, case.dim)
+    tables = EmbeddingBagCollection(planned, optimizer=Optimizer(optimizer, LR), device=device)
+    return Tables(lambda batch: tables(batch).values(), _nothing, tables)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _torchrec(case: Case, optimizer: str, device: torch.device) -> Tables:
+    """One dense table a feature in torchrec's own fused collection."""
+    kinds = {
+        "sgd": torch.optim.SGD,
+        "adagrad": torchrec.optim.Adagrad,
+        "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
+    }
+    configs = [
+        EmbeddingBagConfig(name=f.name, embedding_dim=case.dim, num_embeddings=f.num_ids, feature_names=[f.name])
+        for f in case.features
+    ]
+    tables = FusedEmbeddingBagCollection(
+        tables=configs, optimizer_type=kinds[optimizer], optimizer_kwargs={"lr": LR}, device=device
+    )
+    return Tables(lambda batch: tables(batch).values(), _nothing, tables)
+
+
+def _torch(case: Case, device: torch.device) -> Tables:
+    """One nn.EmbeddingBag a feature, sparse gradients, SGD."""
+    bags = nn.ModuleList(
+        nn.EmbeddingBag(n, case.dim, mode="sum", sparse=True, include_last_offset=True, device=device)
+        for n in case.cardinalities
+    )
+    optimizer = torch.optim.SGD(bags.parameters(), LR)
+
+    def forward(batch: KeyedJaggedTensor) -> Tensor:
+        features = batch.to_dict().values()
+        return torch.cat([bag(f.values(), f.offsets()) for bag, f in zip(bags, features, strict=True)], dim=1)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Tables(forward, update, bags)
+
+
+def lookup_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, device: torch.device) -> dict[str, Arm]:
+    """Each kind of tables with two phases: forward; backward and update."""
+    batches = case.batches(6, device)
+    gradient = 1e-3 * torch.randn(case.batch, len(case.features) * case.dim, device=device)
+
+    def arm(tables: Tables) -> Arm:
+        def turn(i: int, watch: Stopwatch) -> None:
+            vectors = tables.forward(batches[i % len(batches)])
+            watch.lap()
+            vectors.backward(gradient)
+            tables.update()
+            watch.lap()
+
+        return turn
+
+    return {name: arm(make_tables(name, case, budget, optimizer, device)) for name in names}

@@ -1,0 +1,157 @@
+"""What `embtab bench` does: cases, arms, and results."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from embtab.bench import machine
+from embtab.bench.loading import PYARROW, loader_arms
+from embtab.bench.lookups import DENSE_ARMS, TORCH, TORCHREC, lookup_arms
+from embtab.bench.memory import free_memory, peak_bytes
+from embtab.bench.report import Result, result
+from embtab.bench.serving import serving_arms
+from embtab.bench.steps import autoint_arms, din_arms
+from embtab.bench.timing import Arm, Times, alternate
+from embtab.bench.workload import Case
+from embtab.datasets import synthetic
+from embtab.errors import UserError
+
+WHAT = ("lookups", "autoint", "din", "loader", "serving")
+GENERATED_ROWS = 400_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure; every combination of the lists is a case.
+
+    Args:
+        what: of WHAT.
+        arms: tables under test, as `make_tables` takes them.
+        baseline: of the ratios; where it cannot do what is measured, the first arm that can.
+        budget: of methods that compress.
+        optimizer: of tables.
+        dims: D.
+        batches: rows.
+        bags: ids in a bag, or events in a history.
+        skews: "zipf", "uniform".
+        cap: of cardinalities.
+        scales: of cardinalities.
+        rounds: kept of each case.
+        fill: of DIN's histories.
+        data: a dataset folder for the loader; one is generated if None.
+        memory: also measure peak memory, each arm in a process of its own.
+        device: where.
+        machine_bytes: of the arrays that the machine's limits are measured with.
+    """
+
+    what: Sequence[str] = ("lookups",)
+    arms: Sequence[str] = (TORCHREC, "dense", "hash", "unified", "qr")
+    baseline: str = TORCHREC
+    budget: str = "0.1x"
+    optimizer: str = "rowwise_adagrad"
+    dims: Sequence[int] = (16,)
+    batches: Sequence[int] = (4096,)
+    bags: Sequence[int] = (1,)
+    skews: Sequence[str] = ("zipf",)
+    cap: int | None = 100_000
+    scales: Sequence[float] = (1.0,)
+    rounds: int = 15
+    fill: float = 1.0
+    data: Path | None = None
+    memory: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    machine_bytes: int = 512 << 20
+
+    def cases(self) -> Iterator[Case]:
+        """Every combination."""
+        for scale, skew, bag, batch, dim in product(self.scales, self.skews, self.bags, self.batches, self.dims):
+            yield Case(dim, batch, bag, skew, self.cap, scale)
+
+
+def run(settings: Settings) -> list[Result]:
+    """Measures the machine, then every case of every kind.
+
+    Raises:
+        UserError: for a kind that does not exist, or a baseline that is no arm.
+    """
+    unknown = set(settings.what) - set(WHAT)
+    if unknown:
+        raise UserError(f"unknown measurement {min(unknown)!r}; there are {', '.join(WHAT)}")
+    if settings.baseline not in settings.arms:
+        raise UserError(f"the baseline {settings.baseline!r} is not measured; arms are {', '.join(settings.arms)}")
+    limits = machine.measure(list(settings.dims), settings.device, settings.machine_bytes)
+    print(limits, file=sys.stderr)
+    results: list[Result] = []
+    for what in settings.what:
+        if what == "loader":
+            results += _loader(settings)
+            continue
+        for case in settings.cases():
+            if _fits(what, settings, case):
+                results += _measured(what, settings, case, limits)
+    return results
+
+
+def turns(what: str, settings: Settings, case: Case) -> dict[str, Times]:
+    """Times of every arm, by "arm" and, for lookups, "arm forward" too; the baseline's among them."""
+    make = {"lookups": lookup_arms, "autoint": autoint_arms, "serving": serving_arms}
+    device = settings.device
+    if what == "din":
+        names = [name for name in settings.arms if name not in (TORCHREC, TORCH)]
+        arms = din_arms(names, case, settings.budget, settings.optimizer, device, settings.fill)
+    else:
+        arms = make[what](settings.arms, case, settings.budget, settings.optimizer, device)
+    rounds = settings.rounds if what != "serving" else max(settings.rounds, min(1000, 40_000 // case.batch))
+    seconds = alternate(arms, rounds, device, title=what)
+    baseline = settings.baseline if settings.baseline in arms else next(iter(arms))
+    found = {name: Times(each.sum(axis=1), seconds[baseline].sum(axis=1)) for name, each in seconds.items()}
+    if what == "lookups":
+        found |= {f"{name} forward": Times(each[:, 0], seconds[baseline][:, 0]) for name, each in seconds.items()}
+    return found
+
+
+def _measured(what: str, settings: Settings, case: Case, limits: machine.Machine) -> Iterator[Result]:
+    units = case.lookups if what == "lookups" else case.batch
+    peaks: dict[str, int | None] = {}
+    for name, times in turns(what, settings, case).items():
+        arm = name.removesuffix(" forward")
+        phase = "forward" if name != arm else "request" if what == "serving" else "step"
+        found = result(what, phase, arm, case, times, units)
+        if what == "lookups":
+            per_sample = case.lookups // case.batch * case.dim * 4
+            found = replace(found, row_fraction=found.rate / limits.rows[case.dim], sample_bytes=per_sample)
+        if settings.memory and arm not in peaks:
+            peaks[arm] = peak_bytes(what, settings, case, arm)
+        yield replace(found, peak_bytes=peaks.get(arm))
+
+
+def _fits(what: str, settings: Settings, case: Case) -> bool:
+    """Whether the dense tables of all arms fit into three quarters of the free memory; says so where they do not."""
+    if what == "din":
+        return True
+    needed = case.num_ids * case.dim * 4 * sum(name in DENSE_ARMS for name in settings.arms)
+    free = torch.cuda.mem_get_info()[0] if settings.device.type == "cuda" else free_memory()
+    if needed > 0.75 * free:
+        print(f"skipped {case}: its tables need {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free", file=sys.stderr)
+    return needed <= 0.75 * free
+
+
+def _loader(settings: Settings) -> Iterator[Result]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = settings.data or Path(scratch) / "data"
+        if settings.data is None:
+            synthetic.prepare(folder, rows=GENERATED_ROWS, scale=0.01, valid=0.01, test=0.01)
+        for batch in settings.batches:
+            arms: dict[str, Arm]
+            arms, rows = loader_arms(folder, batch)
+            seconds = alternate(arms, max(settings.rounds // 3, 3), settings.device, title="loader")
+            for name, times in seconds.items():
+                found = Times(times[:, 0], seconds[PYARROW][:, 0])
+                yield result("loader", "epoch", name, Case(batch=batch), found, rows)

@@ -1,0 +1,142 @@
+"""embtab bench: arms take turns, ratios are paired, ids follow their law, and results are written whole."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from embtab.bench import machine, memory
+from embtab.bench.lookups import TORCH, TORCHREC, make_tables
+from embtab.bench.run import Settings, run
+from embtab.bench.timing import Stopwatch, Times, alternate
+from embtab.bench.workload import Case, draw
+from embtab.cli import main
+from embtab.errors import UserError
+
+CPU = torch.device("cpu")
+SMALL = ["--batch", "32", "--rounds", "2", "--scale", "0.0001"]
+
+
+def test_arms_take_turns_and_warm_ups_are_thrown_away() -> None:
+    turns: list[tuple[str, int]] = []
+
+    def arm(name: str):
+        def turn(i: int, watch: Stopwatch) -> None:
+            turns.append((name, i))
+            watch.lap()
+            watch.lap()
+
+        return turn
+
+    seconds = alternate({"a": arm("a"), "b": arm("b")}, rounds=3, device=CPU, warmup=1)
+    assert turns == [(name, i) for i in range(4) for name in "ab"]
+    assert {name: times.shape for name, times in seconds.items()} == {"a": (3, 2), "b": (3, 2)}
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
+    times = Times(np.array([1.0, 20.0, 4.0]), np.array([1.0, 10.0, 1.0]))  # a slow round is slow for both
+    assert times.ratio == 2.0
+    assert times.median == 4.0
+
+
+def test_drawn_ids_follow_the_zipf_law() -> None:
+    ids = draw(np.random.default_rng(0), 1000, 200_000, "zipf")
+    assert ids.min() == 0
+    assert ids.max() == 999
+    # The law is continuous: id i has the mass of [i + 1, i + 2).
+    cdf = (np.arange(1, 1001) ** -0.05 - 1) / (1001**-0.05 - 1)
+    found = np.searchsorted(np.sort(ids), np.arange(1000)) / len(ids)
+    assert np.abs(found - cdf).max() < 0.005
+
+
+def test_a_case_has_criteos_features_and_batches_within_range() -> None:
+    assert Case(cap=None).num_ids == 33_762_577
+    case = Case(batch=8, bag=3, cap=100)
+    (batch,) = case.batches(1, CPU)
+    assert batch.values().numel() == case.lookups == 26 * 8 * 3
+    for feature in case.features:
+        assert int(batch[feature.name].values().max()) < feature.num_ids <= 100
+
+
+def test_every_kind_of_tables_gives_one_vector_a_feature_and_bag() -> None:
+    case = Case(dim=4, batch=8, bag=2, cap=50)
+    (batch,) = case.batches(1, CPU)
+    for name in (TORCHREC, TORCH, "dense", "qr:op=sum"):
+        tables = make_tables(name, case, "0.5x", "rowwise_adagrad", CPU)
+        assert tables.forward(batch).shape == (8, 26 * 4)
+
+
+def test_the_plain_torch_arm_trains_by_sgd() -> None:
+    case = Case(dim=4, batch=8, cap=50)
+    (batch,) = case.batches(1, CPU)
+    tables = make_tables(TORCH, case, "1x", "sgd", CPU)
+    bag = next(iter(tables.module.children()))
+    assert isinstance(bag, nn.EmbeddingBag)
+    before = bag.weight.detach().clone()
+    tables.forward(batch).sum().backward()
+    tables.update()
+    counts = torch.bincount(batch["C1"].values(), minlength=50).unsqueeze(1)
+    torch.testing.assert_close(bag.weight.detach(), before - 0.01 * counts)
+
+
+def test_rates_of_the_memory_are_those_of_what_was_moved() -> None:
+    limits = machine.measure([4, 16], CPU, 8 << 20)
+    assert limits.copy > 1e8
+    # More bytes a row cannot be read more often a second; generous, as the machine may be busy.
+    assert limits.rows[16] < 4 * limits.rows[4]
+    assert "copy" in str(limits)
+
+
+def test_peak_memory_counts_what_a_process_touched() -> None:
+    before = memory.most_resident()
+    assert before is not None
+    touched = torch.ones(before // 4 + (64 << 18))
+    after = memory.most_resident()
+    assert after is not None
+    assert after >= before + touched.nbytes // 2
+
+
+def test_the_command_writes_results_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bench", *SMALL, "--arms", "torchrec", "dense", "qr", "--baseline", "dense", "--out", str(tmp_path / "out")])
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["arm"], row["phase"]) for row in rows] == [
+        (arm, phase) for phase in ("step", "forward") for arm in ("torchrec", "dense", "qr")
+    ]
+    assert all(float(row["ratio"]) == 1 for row in rows if row["arm"] == "dense")
+    for row in rows:
+        assert float(row["rate"]) == pytest.approx(32 * 26 / float(row["median_ms"]) * 1e3)
+        assert row["sample_bytes"] == str(26 * 16 * 4)
+    assert (tmp_path / "out" / "cost.png").read_bytes().startswith(b"\x89PNG")
+    assert "M/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["autoint", "din", "serving"])
+def test_rankers_are_measured(what: str) -> None:
+    arms = (TORCHREC, TORCH, "dense", "qr")
+    settings = Settings(
+        (what,), arms, batches=(16,), bags=(3,), scales=(1e-4,), rounds=1, dims=(4,), machine_bytes=1 << 20
+    )
+    if what != "din":
+        settings = Settings((what,), arms, batches=(16,), scales=(1e-4,), rounds=1, dims=(4,), machine_bytes=1 << 20)
+    names = [result.arm for result in run(settings)]
+    assert names == (["dense", "qr"] if what == "din" else list(arms))
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="unknown measurement 'trains'; there are lookups"):
+        run(Settings(("trains",)))
+    with pytest.raises(UserError, match="the baseline 'torchrec' is not measured; arms are dense"):
+        run(Settings(arms=("dense",)))
+    with pytest.raises(SystemExit):
+        main(["bench", "--skew", "steep"])
+    assert "--skew must be zipf or uniform, got steep" in capsys.readouterr().err
+
+
+def test_a_case_that_does_not_fit_is_skipped_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    huge = Settings(arms=("dense",), baseline="dense", scales=(1e6,), cap=None, machine_bytes=1 << 20)
+    assert run(huge) == []
+    assert "skipped" in capsys.readouterr().err
