@@ -152,6 +152,50 @@ def decoded(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.
     return x
 
 
+def before(bits: np.ndarray, starts: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of places [N] of a bitmap (64 to a word, lowest bit first): whether each is set, and how many are before it."""
+    words = np.ascontiguousarray(bits[at // 64], dtype="<i8")
+    spread = np.unpackbits(words.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    inside = np.arange(64) < (at % 64)[:, None]
+    return spread[np.arange(len(at)), at % 64] == 1, starts[at // 64] + (spread * inside).sum(axis=1, dtype=np.int64)
+
+
+def row_of(e: Encoding, arrays: Tables, ids: np.ndarray, prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Which ids [N] have a row, and which row it is."""
+    if e["mapped"]:
+        return before(arrays[f"{prefix}bits"], arrays[f"{prefix}starts"], ids)
+    return ids < e["num_rows"], ids
+
+
+def pruned(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """The row of an id that has one, filled up with zeros; zeros for the others."""
+    has_row, row = row_of(e, arrays, ids)
+    vectors = np.zeros((len(ids), e["dim"]), dtype=np.float32)
+    vectors[has_row, : e["width"]] = tables[e["tables"][0]][row[has_row]]
+    return vectors
+
+
+def sparse(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
+    """The values of an id's row at their columns, zeros elsewhere."""
+    dim, values = e["dim"], tables[e["tables"][0]].reshape(-1)
+    has_row, row = row_of(e, arrays, ids, "row_")
+    owner, row = np.flatnonzero(has_row), row[has_row]
+    vectors = np.zeros((len(ids), dim), dtype=np.float32)
+    if e["form"] == "bitmap":
+        at = row[:, None] * dim + np.arange(dim)
+        there = before(arrays["bits"], arrays["starts"], at.ravel())[0].reshape(at.shape)
+        first = before(arrays["bits"], arrays["starts"], at[:, 0])[1] if len(row) else row
+        which, column = np.nonzero(there)
+        place = first[which] + (np.cumsum(there, axis=1) - 1)[which, column]
+    else:
+        first, end = arrays["first"][row], arrays["first"][row + 1]
+        which = np.repeat(np.arange(len(row)), end - first)
+        place = np.concatenate([np.arange(a, b) for a, b in zip(first, end, strict=True)] or [row]).astype(np.int64)
+        column = arrays["columns"][place]
+    vectors[owner[which], column] = values[place]
+    return vectors
+
+
 DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]] = {
     "dense": dense,
     "hash": hashed,
@@ -168,4 +212,6 @@ DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]
     "robe": robe,
     "tt": tensor_train,
     "dhe": decoded,
+    "pruned": pruned,
+    "sparse": sparse,
 }

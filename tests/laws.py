@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
+from embtab.features import id_spaces
+from embtab.learned.forms import plan_of
+from embtab.methods import Spec
 
 DIM = 16
 EXTREMES = [0, -1, 2**31, 2**53 + 1, 2**63 - 1, -(2**63)]
@@ -51,6 +54,24 @@ def shuffled(n: int) -> np.ndarray:
     return np.random.default_rng(n).permutation(falling(n))
 
 
+@dataclass(frozen=True, eq=False)
+class Found(Case):
+    """A shape as a search may find it: rows and entries without any order, in the form of the fewest bytes."""
+
+    rows: float = 1.0
+    entries: float = 1.0
+
+    def plan(self, features: list[et.Feature] = FEATURES, dim: int = DIM, seed: int = 0) -> et.Plan:
+        masks = {}
+        for space in id_spaces(features):
+            random = np.random.default_rng([seed, *space.name.encode()])
+            mask = random.random((space.num_ids, dim)) < self.entries
+            mask &= (random.random(space.num_ids) < self.rows)[:, None]
+            mask[0, 0] = True
+            masks[space.name] = mask
+        return plan_of(features, masks, Spec(dim, seed), None)
+
+
 CASES = [
     Case("dense", "dense", None),
     Case("hash", "hash"),
@@ -78,6 +99,13 @@ CASES = [
     Case("mixed_dim", "mixed_dim"),
     Case("mixed_dim blocks", {"name": "mixed_dim", "blocks": 6}, "0.4x", counts=falling),
     Case("mixed_dim blocks, mapped", {"name": "mixed_dim", "blocks": 6}, "0.4x", counts=shuffled),
+    Case("pruned", "pruned"),
+    Case("pruned, mapped", {"name": "pruned", "width": 3}, "0.1x", counts=shuffled),
+    Case("sparse", {"name": "sparse", "form": "bitmap"}),
+    Case("sparse csr", {"name": "sparse", "form": "csr"}, "0.4x"),
+    Found("found rows", "pruned", rows=0.2),
+    Found("found entries", "sparse", rows=0.5, entries=0.3),
+    Found("found few entries", "sparse", rows=0.8, entries=0.02),
     Case("mixed", {"colour": "dense", "items": {"name": "qr", "op": "concat"}, "user": "qr", "*": "unified"}),
 ]
 

@@ -12,8 +12,10 @@ from embtab.methods.memcom import MEmCom
 from embtab.methods.mixed_dim import MixedDim
 from embtab.methods.multihash import MultiHash
 from embtab.methods.partitions import Partitions
+from embtab.methods.pruned import Pruned
 from embtab.methods.qr import QR
 from embtab.methods.robe import Robe
+from embtab.methods.sparse import Sparse
 from embtab.methods.tt import TensorTrain
 from embtab.methods.unified import Unified
 
@@ -33,6 +35,8 @@ METHODS: dict[str, type[Encoding]] = {
     "robe": Robe,
     "tt": TensorTrain,
     "dhe": DHE,
+    "pruned": Pruned,
+    "sparse": Sparse,
 }
 
 __all__ = ["METHODS", "PRECISIONS", "Encoding", "Spec", "Table"]
