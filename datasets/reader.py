@@ -1,27 +1,31 @@
 """Prepared Parquet to batches: streaming, shuffled, shared out to ranks and workers, resumable.
 
-One epoch has one global order of rows: row groups (permuted where shuffled) are taken a few at a time as *windows*,
-and each window's rows are permuted. A rank reads a contiguous range of that order, and a DataLoader worker a contiguous
-range of the rank's batches, so each decodes only what it needs, and a resumed epoch starts at its first row's window.
+One epoch has one global order of rows, whoever reads it: row groups (permuted where shuffled) are taken a few at a time
+as *windows*, and each window's rows are permuted. Each batch of all ranks together is the next range of that order, and
+each rank has its piece of it (see `dealing`), so N ranks see what one process with N times the batch size sees. Every
+rank decodes every window, and keeps its own rows of it; DataLoader workers share a rank's windows.
+What is left of an epoch is ranges of that order: any number of ranks, workers and rows a batch can go on with them.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from embtab.datasets.ahead import ahead
+from embtab.datasets.dealing import Deal, Range, cut, size, within
 from embtab.datasets.parquet import RowGroup, read_columns, row_groups
 from embtab.datasets.rows import Rows
 from embtab.datasets.schema import Dataset
@@ -73,8 +77,8 @@ class Batch(Pipelineable):
 class ParquetBatches(IterableDataset[Batch]):
     """The batches of one split of a prepared dataset; give it to a `DataLoader(..., batch_size=None)` or iterate it.
 
-    The stream is a pure function of (files, split, batch_size, shuffle, seed, epoch, rank, world_size). DataLoader
-    workers change only the order of its batches, and that reproducibly.
+    The stream is a pure function of (files, split, batch_size, shuffle, seed, epoch, rank, world_size); DataLoader
+    workers change the order of its batches.
 
     Args:
         folder: a folder made by `embtab prepare`.
@@ -116,91 +120,119 @@ class ParquetBatches(IterableDataset[Batch]):
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if prefetch < 0:
             raise UserError(f"prefetch must be 0 or more, got {prefetch}")
-        self.folder, self.split = Path(folder), split
+        self.folder, self.split, self.drop_last = Path(folder), split, drop_last
         self.batch_size, self.shuffle, self.seed, self.prefetch = batch_size, shuffle, seed, prefetch
         self.dataset = Dataset.load(folder)
         self._groups = row_groups(self.folder, self.dataset, split)
         self.rows = sum(group.rows for group in self._groups)
-        self.rows_per_rank = self.rows // self.world_size
-        if drop_last:
-            self.rows_per_rank -= self.rows_per_rank % batch_size
-        if self.rows_per_rank == 0:
+        whole = Deal(self.rows, self.world_size, batch_size, drop_last=drop_last)
+        if len(whole) == 0:
             raise UserError(
                 f"{folder}: the {split} split has {self.rows} rows, too few for a batch of {batch_size} on each of "
                 f"{self.world_size} ranks; use a smaller batch_size or fewer ranks"
             )
-        self.rows_dropped = self.rows - self.rows_per_rank * self.world_size
-        self.epoch = 0
-        self._position = 0
-        self._resume_at = 0
+        self.rows_dropped = self.rows - whole.rows_per_rank * self.world_size
+        self._batches_per_epoch = len(whole)
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        """Makes the next iteration a whole epoch."""
+        self.epoch, self._position, self._resumed = epoch, 0, False
+        self._ranges: list[Range] = [(0, self.rows)]
 
     def __len__(self) -> int:
         """Batches that each rank yields in an epoch."""
-        return -(-self.rows_per_rank // self.batch_size)
+        return self._batches_per_epoch
+
+    def batches_left(self) -> int:
+        """Batches that each rank still yields of the epoch that `load_state_dict` set."""
+        return len(self._deal()) - self._position
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the shuffle of the next iteration; call it before each epoch."""
         if epoch != self.epoch:
-            self.epoch, self._position, self._resume_at = epoch, 0, 0
+            self._begin(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration stands, the same on every rank; `batch` counts the batches yielded in this epoch.
+        """Where the iteration stands, the same on every rank, as plain types.
 
-        With DataLoader workers the iteration happens in their copies: put the number of batches taken from the loader
-        into `batch` yourself.
+        `batch` counts the batches yielded since `ranges` were all that was left of the epoch. With DataLoader workers
+        the iteration happens in their copies: put the number of batches taken from the loader into `batch`, and that of
+        its workers into `workers`, yourself.
         """
-        return {"epoch": self.epoch, "batch": self._position, **self._identity()}
+        return {
+            "epoch": self.epoch,
+            "ranges": [list(each) for each in self._ranges],
+            "batch": self._position,
+            "workers": 1,
+            **self._dealing(),
+            **self._identity(),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration continue after `state["batch"]` batches of epoch `state["epoch"]`.
+    def start(self, epoch: int) -> dict[str, Any]:
+        """What the state of an epoch's beginning says beside what identifies the stream."""
+        return {"epoch": epoch, "ranges": [[0, self.rows]], "batch": 0}
+
+    def load_state_dict(self, state: dict[str, Any], workers: int = 1) -> None:
+        """Makes the next iteration continue there: as the same stream where it is dealt to the same number of ranks and
+        workers in batches of the same size, else with the rows that no rank has read yet, each once.
+
+        Args:
+            state: from `state_dict`, of any rank.
+            workers: of the DataLoader, at least 1.
 
         Raises:
-            UserError: when the state belongs to another stream.
+            UserError: when the state belongs to another order of rows.
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UserError(f"cannot resume the data stream: {name} was {state.get(name)!r} and is now {value!r}")
-        self.epoch = state["epoch"]
-        self._position = self._resume_at = state["batch"]
+        if "ranges" not in state:
+            raise UserError("cannot resume the data stream: an older embtab wrote its state; begin with an epoch")
+        self.epoch, self._resumed = state["epoch"], True
+        self._ranges, self._position = [(low, high) for low, high in state["ranges"]], state["batch"]
+        now = {**self._dealing(), "workers": workers}
+        before = {name: state[name] for name in now}
+        if before != now:
+            left = Deal(size(self._ranges), **before).left(self._position)
+            self._ranges = [each for low, high in left for each in cut(self._ranges, low, high)]
+            self._position = 0
 
     def _identity(self) -> dict[str, Any]:
+        """What fixes the order of an epoch's rows."""
         return {
             "fingerprint": self.dataset.fingerprint,
             "split": self.split,
-            "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "seed": self.seed,
-            "world_size": self.world_size,
         }
 
+    def _dealing(self) -> dict[str, Any]:
+        """What fixes who reads them."""
+        return {"world_size": self.world_size, "batch_size": self.batch_size, "drop_last": self.drop_last}
+
+    def _deal(self, workers: int = 1) -> Deal:
+        return Deal(size(self._ranges), workers=workers, **self._dealing())
+
     def __iter__(self) -> Iterator[Batch]:
-        start, self._resume_at = self._resume_at, 0
-        self._position = start
-        low, high = self._share(start)
-        first_row = self.rank * self.rows_per_rank
-        stop = first_row + min(high * self.batch_size, self.rows_per_rank)
-        for batch in self._batches(first_row + low * self.batch_size, stop):
+        if not self._resumed:
+            self._begin(self.epoch)
+        self._resumed = False
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        deal, start = self._deal(workers), self._position
+        # A DataLoader begins with its first worker, which so goes on with the share whose turn it is.
+        low, high = deal.rest((worker + start) % workers, start)
+        for batch in self._batches(deal, *deal.positions(low, high)):
             self._position += 1  # before the consumer sees it: a state taken while it holds batch n says n + 1
             yield batch
 
-    def _share(self, start: int) -> tuple[int, int]:
-        """The range of this worker's batches when `start` batches of the rank are already done.
-
-        A DataLoader takes from its n workers in turn, beginning with the first: batch i comes from share i % n. So when
-        it begins anew at batch `start`, its first worker goes on with share `start % n`.
-        """
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        share = (worker + start) % workers
-        counts = [_every(len(self), i, workers) for i in range(workers)]
-        before = sum(counts[:share])
-        return before + _every(start, share, workers), before + counts[share]
-
-    def _batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of the rows [start, stop) of the epoch's global order."""
+    def _batches(self, deal: Deal, start: int, stop: int) -> Iterator[Batch]:
+        """This rank's batches of the positions [start, stop) of what is left of the epoch."""
         pieces: list[tuple[Rows, int, int]] = []
         held = 0
-        for rows, low, high in self._windows(start, stop):
+        for rows in self._windows(deal, start, stop):
+            low, high = 0, len(rows.label)
             while low < high:
                 taken = min(high - low, self.batch_size - held)
                 pieces.append((rows, low, low + taken))
@@ -211,28 +243,29 @@ class ParquetBatches(IterableDataset[Batch]):
         if pieces:
             yield self._assemble(pieces)
 
-    def _windows(self, start: int, stop: int) -> Iterator[tuple[Rows, int, int]]:
-        """The windows that overlap rows [start, stop) of the global order, each with the range of its rows to take."""
+    def _windows(self, deal: Deal, start: int, stop: int) -> Iterator[Rows]:
+        """This rank's rows of these positions, window by window."""
         order = np.arange(len(self._groups))
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
-        size = SHUFFLE_GROUPS if self.shuffle else 1
-        windows = [[self._groups[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+        many = SHUFFLE_GROUPS if self.shuffle else 1
+        windows = [[self._groups[i] for i in order[at : at + many]] for at in range(0, len(order), many)]
         ends = list(accumulate(sum(group.rows for group in window) for window in windows))
-        begins = [0, *ends[:-1]]
-        wanted = [i for i in range(len(windows)) if begins[i] < stop and ends[i] > start]
-        decoded = _ahead((lambda i=i: self._decode(windows[i], i) for i in wanted), self.prefetch)
-        for i, rows in zip(wanted, decoded, strict=True):
-            yield rows, max(start - begins[i], 0), min(stop, ends[i]) - begins[i]
+        ranges = self._ranges
+        mine = (
+            (i, deal.rows_of(self.rank, within(ranges, begin, end), start, stop) - begin)
+            for i, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        )
+        return ahead((partial(self._decode, windows[i], i, at) for i, at in mine if len(at)), self.prefetch)
 
-    def _decode(self, window: list[RowGroup], index: int) -> Rows:
+    def _decode(self, window: list[RowGroup], index: int, at: NDArray[np.int64]) -> Rows:
+        """The rows of a window that stand at these places of its order."""
         columns = [name for name in self.dataset.arrow_schema().names if name not in self.dataset.unread]
         tables = [read_columns(group, columns) for group in window]
-        order = None
+        rows = sum(len(table) for table in tables)
         if self.shuffle:
-            rng = np.random.default_rng((self.seed, self.epoch, index))
-            order = rng.permutation(sum(len(table) for table in tables))
-        return Rows.of(tables, self.dataset, order)
+            at = np.random.default_rng((self.seed, self.epoch, index)).permutation(rows)[at]
+        return Rows.of(tables, self.dataset, at if self.shuffle or len(at) < rows else None)
 
     def _assemble(self, pieces: list[tuple[Rows, int, int]]) -> Batch:
         values, lengths, length_per_key = [], [], []
@@ -253,29 +286,6 @@ class ParquetBatches(IterableDataset[Batch]):
         dense = torch.cat([rows.dense[low:high] for rows, low, high in pieces])
         users = [rows.user[low:high] for rows, low, high in pieces if rows.user is not None]
         return Batch(dense, sparse, label, torch.cat(users) if users else None)
-
-
-def _ahead(calls: Iterable[Any], depth: int) -> Iterator[Any]:
-    """The results of the calls in order, `depth` of them computed ahead by one thread; errors surface in their turn."""
-    if depth == 0:
-        yield from (call() for call in calls)
-        return
-    pending: deque[Future] = deque()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="embtab-reader")
-    try:
-        for call in calls:
-            pending.append(thread.submit(call))
-            if len(pending) > depth:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        thread.shutdown(wait=True, cancel_futures=True)
-
-
-def _every(count: int, first: int, step: int) -> int:
-    """How many of range(count) are first, first + step, first + 2 step, ..."""
-    return max(0, -(-(count - first) // step))
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

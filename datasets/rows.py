@@ -38,9 +38,9 @@ class Rows:
 
     @classmethod
     def of(cls, tables: list[pa.Table], dataset: Dataset, order: np.ndarray | None) -> Rows:
-        """The rows of null-free tables, one after the other, permuted by `order` (int64 [n]) where it is given."""
+        """The rows of null-free tables, one after the other; those at `order` (int64 [n]) alone where it is given."""
         table = pa.concat_tables(tables)
-        dense = np.empty((len(table), len(dataset.dense)), np.float32)
+        dense = np.empty((len(table) if order is None else len(order), len(dataset.dense)), np.float32)
         for position, name in enumerate(dataset.dense):
             dense[:, position] = _flat(table[name], order)
         return cls(
@@ -65,7 +65,7 @@ def _bags(column: pa.ChunkedArray, order: np.ndarray | None) -> Bags:
     if order is not None:
         starts = (np.cumsum(lengths) - lengths)[order]
         lengths = lengths[order]
-        within = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         values = values[np.repeat(starts, lengths) + within]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Bags(torch.from_numpy(values), torch.from_numpy(offsets))

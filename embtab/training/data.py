@@ -22,7 +22,7 @@ class DataModule(L.LightningDataModule):
 
     Args:
         path: the folder.
-        batch_size: rows per batch and process.
+        batch_size: rows per batch and process: N processes with B rows see the batches of one process with N * B.
         seed: of the shuffle of the training split.
         num_workers: processes that read; 0 reads with a thread of this one.
 
@@ -57,8 +57,19 @@ class DataModule(L.LightningDataModule):
         self._training = Epochs(self._loader("train", shuffle=True), self._batches_per_epoch)
         if self._resume_from:
             self._training.load_state_dict(self._resume_from)
+            self._tell_trainer(self._training, self._resume_from["epoch"])
             self._resume_from = {}
         return self._training
+
+    def _tell_trainer(self, training: Epochs, epoch: int) -> None:
+        """Lightning counts batches: with other processes, or another batch size, an epoch has more of them or fewer."""
+        if self.trainer is None or not (training.done or training.epoch > epoch):
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        progress.is_last_batch = training.epoch > epoch
+        shift = (training.done or len(training)) - progress.current.ready
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, count, getattr(progress.current, count) + shift)
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the data. (Lightning also keeps the loader's state, but drops it at epoch ends.)"""
@@ -105,19 +116,28 @@ class Epochs:
         self.per_epoch = per_epoch
         self.epoch = 0
         self.taken = 0
+        self._before = 0
         self._resumed = False
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return len(self.batches)
 
+    @property
+    def done(self) -> int:
+        """Batches of the epoch that are done; what was done before a change of their size, in today's batches."""
+        return self._before + self.taken
+
     def __iter__(self) -> Iterator[Batch]:
         """The next epoch, or the rest of the one that `load_state_dict` set."""
-        if self.taken and not self._resumed:
-            self.epoch, self.taken = self.epoch + 1, 0
-        self.batches.set_epoch(self.epoch)
-        self.batches.load_state_dict(self.batches.state_dict() | {"batch": self.taken})
+        if self.done and not self._resumed:
+            self._begin(self.epoch + 1)
+        self.batches.load_state_dict(self._position(), self._workers)
         return self._count(iter(self.loader))
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch, self.taken, self._before = epoch, 0, 0
+        self.batches.set_epoch(epoch)
 
     def _count(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -126,19 +146,26 @@ class Epochs:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the batches taken from it, and what identifies the stream."""
-        return self.batches.state_dict() | self._place()
+        """The epoch, what is left of it, and what identifies the stream; the same on every rank."""
+        if self.done >= min(len(self), self.per_epoch()):
+            return self._position() | self.batches.start(self.epoch + 1)
+        return self._position()
 
-    def _place(self) -> dict[str, int]:
-        if self.taken >= min(len(self), self.per_epoch()):
-            return {"epoch": self.epoch + 1, "batch": 0}
-        return {"epoch": self.epoch, "batch": self.taken}
+    def _position(self) -> dict[str, Any]:
+        return self.batches.state_dict() | {"batch": self.taken, "workers": self._workers}
+
+    @property
+    def _workers(self) -> int:
+        return max(self.loader.num_workers, 1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a state.
+        """Continues at a state, of any number of processes and workers and any batch size.
 
         Raises:
-            UserError: when it belongs to other data, another batch size, seed or number of processes.
+            UserError: when it belongs to other data or another seed.
         """
-        self.batches.load_state_dict(state)
-        self.epoch, self.taken, self._resumed = state["epoch"], state["batch"], True
+        self.batches.load_state_dict(state, self._workers)
+        self.epoch, self.taken, self._resumed = state["epoch"], self.batches.state_dict()["batch"], True
+        self._before = len(self) - self.batches.batches_left() - self.taken
+        if self.done == len(self):  # fewer rows are left than there are processes
+            self._begin(self.epoch + 1)

@@ -182,8 +182,10 @@ def test_ranks_get_equal_disjoint_shares(tmp_path_factory, files, world_size, ba
         assert dataset.rows_dropped < world_size * batch_size
     else:
         assert dataset.rows_dropped == total % world_size
-    if not shuffle:
-        assert [i for batches in ranks for batch in batches for i in batch] == sorted(seen)
+    # Step by step, what the ranks see together is what one process sees that takes their batches as one.
+    (alone,) = [ParquetBatches(folder, "train", batch_size * world_size, shuffle=shuffle, rank=0, world_size=1)]
+    for together, whole in zip(zip(*ranks, strict=True), ids(alone), strict=False):
+        assert [i for batch in together for i in batch] == whole[: world_size * len(together[0])]
 
 
 def test_epochs_and_seeds_differ_and_repeat(folder):
@@ -239,8 +241,45 @@ def test_resume_reads_only_what_is_left(folder, monkeypatch):
 
 def test_state_of_another_stream_is_refused(folder):
     state = ParquetBatches(folder, "train", 16).state_dict()
-    with pytest.raises(UserError, match="batch_size was 16 and is now 8"):
-        ParquetBatches(folder, "train", 8).load_state_dict(state)
+    with pytest.raises(UserError, match="seed was 0 and is now 1"):
+        ParquetBatches(folder, "train", 16, seed=1).load_state_dict(state)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    runs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 24), st.integers(0, 9)), min_size=1, max_size=4),
+    shuffle=st.booleans(),
+)
+def test_any_number_of_ranks_goes_on_with_what_is_left(folder, runs, shuffle):
+    """Each run is (world_size, batch_size, batches until it is stopped), and the last one ends the epoch."""
+    seen, state = [], None
+    for world_size, batch_size, stop in [*runs, (1, 50, TOTAL)]:
+        counts = set()
+        for rank in range(world_size):
+            dataset = ParquetBatches(folder, "train", batch_size, shuffle=shuffle, rank=rank, world_size=world_size)
+            dataset.set_epoch(2)
+            if state is not None:
+                dataset.load_state_dict(state)
+            assert dataset.batches_left() >= 0
+            batches = ids(batch for _, batch in zip(range(stop), dataset, strict=False))
+            counts.add(tuple(map(len, batches)))
+            seen += [i for batch in batches for i in batch]
+            after = json.loads(json.dumps(dataset.state_dict()))
+        assert len(counts) == 1
+        state = after
+    assert sorted(seen) == list(range(TOTAL))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 3), (3, 2)])
+def test_another_number_of_workers_goes_on_with_what_is_left(folder, before, after):
+    dataset = ParquetBatches(folder, "train", 20, shuffle=True)
+    loader = DataLoader(dataset, batch_size=None, num_workers=before)
+    first = [batch for batch, _ in zip(loader, range(7), strict=False)]
+    state = {**dataset.state_dict(), "batch": 7, "workers": max(before, 1)}
+    resumed = ParquetBatches(folder, "train", 20, shuffle=True)
+    resumed.load_state_dict(state, max(after, 1))
+    rest = list(DataLoader(resumed, batch_size=None, num_workers=after))
+    assert sorted(flat(first) + flat(rest)) == list(range(TOTAL))
 
 
 def test_stopping_early_stops_the_thread(folder):

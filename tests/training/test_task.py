@@ -158,8 +158,8 @@ def test_epochs_differ_and_are_complete(toy):
 
 def test_resuming_other_data_is_refused(toy):
     state = DataModule(str(toy), BATCH).train_dataloader().state_dict()
-    with pytest.raises(UserError, match="batch_size was 128 and is now 64"):
-        DataModule(str(toy), 64).train_dataloader().load_state_dict(state)
+    with pytest.raises(UserError, match="seed was 0 and is now 1"):
+        DataModule(str(toy), BATCH, seed=1).train_dataloader().load_state_dict(state)
 
 
 def test_checkpoint_is_plain_and_gives_the_tables_back(toy, tmp_path):
