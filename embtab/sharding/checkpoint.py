@@ -51,8 +51,8 @@ def save(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Non
             file.flush()
             os.fsync(file.fileno())
         old = _old(folder)
-        _remove(old)
-        if folder.exists():
+        if folder.exists():  # else the old one is all there is, until the new one is in place
+            _remove(old)
             os.rename(folder, old)
         os.rename(beside, folder)
         _remove(old)

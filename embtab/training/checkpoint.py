@@ -47,12 +47,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: when the file is absent, damaged or not made by embtab.
     """
-    if Path(path).is_dir():
+    if not Path(path).is_file():
         from embtab.sharding import checkpoint as folders
 
-        checkpoint = {**folders.read_meta(Path(path)), "state_dict": folders.read_whole(Path(path))}
-        described(checkpoint, path)
-        return checkpoint
+        path = folders.found(path)
+        if path.is_dir():
+            checkpoint = {**folders.read_meta(path), "state_dict": folders.read_whole(path)}
+            described(checkpoint, path)
+            return checkpoint
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:

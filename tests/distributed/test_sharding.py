@@ -1,15 +1,20 @@
 """Checkpoints of sharded runs, what sharding refuses, and plans for machines that are not there."""
 
+from itertools import product
+
 import pytest
 import sharded
 import torch
+import torch.distributed as dist
 
 import embtab as et
 from embtab.errors import UserError
 from embtab.lookup import Optimizer
 from embtab.methods import Table
+from embtab.sharding import checkpoint as folders
 from embtab.sharding.offline import describe_shards
 from embtab.sharding.placement import kinds, sharders
+from embtab.training.checkpoint import read_checkpoint
 
 OPTIMIZERS = ["adagrad", "rowwise_adagrad"]
 
@@ -56,6 +61,67 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path):
         assert 'use backend="fbgemm"' in seen["torch"]
         assert "unwritten" in seen
         assert seen["survives"], "a checkpoint that failed to be written replaced the one before"
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process only."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_kill_between_any_two_steps_leaves_a_checkpoint(alone, tmp_path, monkeypatch, kind):
+    """A run is killed at the first, second, ... change of names, and then goes on to save once more, killed or not."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed_at(step: int, value: int) -> bool:
+        left = [step]
+
+        def watched(act):
+            def acting(*arguments, **options):
+                left[0] -= arguments[0].parent == tmp_path  # not the renaming inside the folder
+                if left[0] == 0:
+                    raise Killed
+                return act(*arguments, **options)
+
+            return acting
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folders.os, "rename", watched(folders.os.rename))
+            patch.setattr(folders, "_remove", watched(folders._remove))
+            try:
+                save(value)
+            except Killed:
+                return True
+        return False
+
+    def save(value: int) -> None:
+        folders.save(path, {"x": torch.full((3,), value)}, {"value": value, "embtab": {"format": 1}})
+
+    def saved() -> int:
+        content = read_checkpoint(path)
+        assert (content["state_dict"]["x"] == content["value"]).all()
+        return content["value"]
+
+    path, value, points = tmp_path / "last.ckpt", 0, 0
+    for first, second in product(range(1, 5), range(1, 5)):
+        folders._remove(folders._old(path))
+        folders._remove(path)
+        if kind == "folder":
+            save(0)
+        else:
+            torch.save({"state_dict": {"x": torch.zeros(3)}, "value": 0, "embtab": {"format": 1}}, path)
+        last = 0
+        for step, value in ((first, 1), (second, 2)):
+            killed = killed_at(step, value)
+            assert saved() in ((last, value) if killed else (value,))
+            last = saved()
+            points += killed
+    assert points > 12
 
 
 def test_small_tables_are_replicated_and_names_are_checked():
