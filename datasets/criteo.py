@@ -135,7 +135,7 @@ def _expand(raw: Sequence[Path]) -> list[Path]:
     for path in raw:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
-        files += sorted(_visible_files(path), key=_numeric_order) if path.is_dir() else [path]
+        files += sorted(_visible_files(path), key=lambda file: numeric_order(file.name)) if path.is_dir() else [path]
     if not files:
         raise DataError(
             f"{', '.join(map(str, raw)) or 'raw'}: holds no files; give the raw Criteo files or their folder"
@@ -147,9 +147,9 @@ def _visible_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
 
 
-def _numeric_order(path: Path) -> list[tuple[int, str]]:
+def numeric_order(name: str) -> list[tuple[int, str]]:
     """A sort key that puts day_2 before day_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _stage(files: Sequence[Path], staging: Path, dense_transform: str, blank: float) -> tuple[int, dict[str, int]]:
@@ -159,7 +159,7 @@ def _stage(files: Sequence[Path], staging: Path, dense_transform: str, blank: fl
         The number of rows, and the number of blanks of each of I1..I13.
     """
     staging.mkdir()
-    dense = [_transformed(pl.col(name), dense_transform).fill_null(blank).cast(pl.Float32) for name in INTEGERS]
+    dense = [transformed(pl.col(name), dense_transform).fill_null(blank).cast(pl.Float32) for name in INTEGERS]
     rows, blanks = 0, dict.fromkeys(INTEGERS, 0)
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc="reading", unit="B", unit_scale=True) as bar:
@@ -173,7 +173,8 @@ def _stage(files: Sequence[Path], staging: Path, dense_transform: str, blank: fl
     return rows, blanks
 
 
-def _transformed(x: pl.Expr, transform: str) -> pl.Expr:
+def transformed(x: pl.Expr, transform: str) -> pl.Expr:
+    """Numbers after one of DENSE_TRANSFORMS, Float64; see `prepare`."""
     x = x.cast(pl.Float64)
     if transform == "log":
         return pl.when(x > 2).then(x.log() ** 2).otherwise(x)

@@ -54,7 +54,18 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     sequences = kinds.add_parser("sequences", help="behaviour logs: each target with the events before it")
     _add_sequences(sequences)
 
-    for kind in (criteo, movielens, frappe, synthetic, sequences):
+    table = kinds.add_parser("table", help="any CSV or Parquet table; a YAML file says what its columns are")
+    table.add_argument("raw", type=Path, nargs="+", metavar="FILES", help="files, or folders of them")
+    table.add_argument("--roles", type=Path, required=True, metavar="YAML", help="see docs/your-data.md")
+    table.set_defaults(run=_prepare, kind="table", options=("roles",))
+
+    avazu = kinds.add_parser("avazu", help="Avazu click logs: CSV, plain or .gz, split by the hour")
+    avazu.add_argument("raw", type=Path, nargs="+", metavar="RAW", help="files, or folders of them")
+    avazu.add_argument("--min-count", type=int, default=2, help="rarer values share id 0 (default %(default)s)")
+    _add_shares(avazu, 0.1, 0.1)
+    avazu.set_defaults(run=_prepare, kind="avazu", options=("min_count", "valid", "test"))
+
+    for kind in (criteo, movielens, frappe, synthetic, sequences, table, avazu):
         kind.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset folder to make")
         kind.add_argument("--if-absent", action="store_true", help="do nothing where DIR is a dataset already")
 

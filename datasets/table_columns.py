@@ -1,0 +1,287 @@
+"""Columns as they come to columns as they are counted and written: text for values, numbers for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+
+from embtab.datasets.criteo import transformed
+from embtab.datasets.roles import KEY, Dense, Ids, Roles, Time
+from embtab.datasets.schema import SPLITS
+from embtab.datasets.table_files import Piece, TableFile
+from embtab.errors import DataError
+
+_KINDS = {
+    "label": ("whole numbers", "numbers", "booleans"),
+    "dense": ("whole numbers", "numbers", "booleans"),
+    "raw": ("whole numbers",),
+    "categorical": ("text", "whole numbers", "booleans"),
+    "list": ("lists of text", "lists of whole numbers", "text"),
+    "raw list": ("lists of whole numbers", "text"),
+    "user": ("text", "whole numbers"),
+    "time": ("whole numbers", "numbers", "dates", "text"),
+    "split": ("text", "whole numbers", "booleans"),
+}
+_FIXES = {
+    "label": "make it 0 or 1",
+    "dense": "write numbers, or make the column categorical",
+    "raw": "ids must be whole numbers; leave raw out to have values numbered",
+    "categorical": "write text or whole numbers, or make the column dense; lists are multi",
+    "list": "write lists of text or of whole numbers; single values are categorical",
+    "raw list": "write lists of whole numbers",
+    "user": "write text or whole numbers",
+    "time": "write dates, numbers or ISO 8601",
+    "split": "write text or whole numbers",
+}
+_NULLS = "nulls only"  # the kind of a column without any value, which goes with every other
+_ISO = ("%Y-%m-%dT%H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
+
+
+def check_columns(files: list[TableFile], roles: Roles) -> None:
+    """Compares the columns of every file with the roles, and with each other.
+
+    Raises:
+        DataError: for a missing column, a kind of values that a role cannot have, or files that differ.
+    """
+    features = {feature.column: feature for feature in roles.features}
+    for column, role in roles.columns.items():
+        known: tuple[str, TableFile] | None = None
+        for file in files:
+            if column not in file.columns:
+                raise DataError(f"{file.path}: has no column {column!r}; there are {', '.join(file.columns)}")
+            kind, where = _kind(file.columns[column]), f"{file.path}, column {column!r}"
+            if kind.endswith(_NULLS):
+                continue
+            _check_kind(where, kind, role, features.get(column), file.is_parquet)
+            known = known or (kind, file)
+            if kind != known[0] and role not in ("label", "dense"):
+                raise DataError(f"{where}: holds {kind} but {known[1].path} {known[0]}; write all files alike")
+
+
+def _check_kind(where: str, kind: str, role: str, feature: Ids | None, is_parquet: bool) -> None:
+    if feature is not None:
+        role = " ".join(["raw"] * feature.raw + ["list"] * feature.is_list) or "categorical"
+    if is_parquet and kind not in _KINDS[role]:
+        raise DataError(f"{where}: holds {kind}, which the role {role} cannot have; {_FIXES[role]}")
+    if kind == "text" and feature is not None and feature.is_list and feature.separator is None:
+        raise DataError(f"{where}: is text; give the separator of its values, such as separator: '|'")
+
+
+def _kind(dtype: pl.DataType) -> str:
+    if isinstance(dtype, pl.List | pl.Array):
+        return f"lists of {_kind(dtype.inner)}"  # type: ignore[arg-type]
+    if dtype in (pl.String, pl.Categorical, pl.Enum):
+        return "text"
+    if dtype.is_integer():
+        return "whole numbers"
+    if dtype in (pl.Float32, pl.Float64):
+        return "numbers"
+    if dtype in (pl.Date, pl.Datetime):
+        return "dates"
+    return "booleans" if dtype == pl.Boolean else _NULLS if dtype == pl.Null else str(dtype)
+
+
+@dataclass
+class Stager:
+    """Turns pieces into staged rows; `rows` counts those that went by.
+
+    Attributes:
+        roles: of the columns.
+        rows: staged so far.
+        rng: of a split at random.
+        nulls: of each dense column.
+        dates: whether the time is written as dates (True) or numbers (False); None before the first row.
+    """
+
+    roles: Roles
+    rows: int = 0
+    rng: np.random.Generator = field(init=False)
+    nulls: dict[str, int] = field(init=False)
+    dates: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.roles.split.seed)
+        self.nulls = {dense.column: 0 for dense in self.roles.dense}
+
+    def staged(self, piece: Piece, split: int) -> pl.DataFrame:
+        """The label and dense columns (Float32), values and the user (String or lists of it; raw ids Int64), and KEY.
+
+        Args:
+            piece: rows of a file.
+            split: the split of the file, 0 to 2, where files are shared out.
+
+        Raises:
+            DataError: for the first wrong value, naming its place.
+        """
+        roles = self.roles
+        columns = {roles.label: _label(piece, roles.label)}
+        for dense in roles.dense:
+            columns[dense.column] = self._dense(piece, dense)
+        for feature in roles.features:
+            columns[feature.column] = _lists(piece, feature) if feature.is_list else _values(piece, feature)
+        if roles.user is not None and roles.user_number is not None:
+            columns[roles.user_number] = _present(piece, roles.user, "the user of a row must be known")
+        moments = None if roles.time is None else self._moments(piece, roles.time)
+        if roles.time is not None and moments is not None:
+            for name, part in roles.derived.items():
+                columns[name] = _derived(piece, roles.time, moments, part)
+        columns[KEY] = self._key(piece, split, moments)
+        self.rows += piece.rows.height
+        return pl.DataFrame(columns)
+
+    def _dense(self, piece: Piece, dense: Dense) -> pl.Series:
+        numbers = _numbers(piece, dense.column).fill_nan(None)
+        self.nulls[dense.column] += numbers.null_count()
+        if dense.fill is None:
+            _refuse(piece, dense.column, numbers.is_null(), "holds a null; fill it, or say with `fill` what it becomes")
+        values = numbers.to_frame("x").select(transformed(pl.col("x"), dense.transform).cast(pl.Float32))["x"]
+        _refuse(piece, dense.column, values.is_infinite().fill_null(False), "must be a finite number", show=True)
+        return values if dense.fill is None else values.fill_null(dense.fill).cast(pl.Float32)
+
+    def _moments(self, piece: Piece, time: Time) -> pl.Series:
+        """The time as Datetime where it is written so, else as numbers."""
+        given = piece.rows[time.column]
+        if time.format is not None:
+            moments = _parsed(given.cast(pl.String), time.format)
+        elif given.dtype == pl.String:
+            moments = _iso_or_numbers(given)
+        else:
+            moments = given
+        if moments.dtype == pl.Date:
+            moments = moments.cast(pl.Datetime("us"))
+        if isinstance(moments.dtype, pl.Datetime) and moments.dtype.time_zone is not None:
+            moments = moments.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+        rule = f"must be a time written as {time.format}" if time.format else "must be a number or ISO 8601"
+        wrong = moments.is_null() | (moments.is_nan() if moments.dtype.is_float() else False)
+        _refuse(piece, time.column, wrong, rule, show=True)
+        dates = moments.dtype == pl.Datetime
+        if self.dates is not None and self.dates != dates and piece.rows.height:
+            raise DataError(f"{piece.place(time.column, 0)}: numbers and dates are mixed; write all alike")
+        self.dates = dates
+        return moments
+
+    def _key(self, piece: Piece, split: int, moments: pl.Series | None) -> pl.Series:
+        """What rows are shared out by, Float64: rounding may join moments, never change their order."""
+        height, way = piece.rows.height, self.roles.split
+        if way.by == "time" and moments is not None:
+            moments = moments.cast(pl.Int64) if moments.dtype == pl.Datetime else moments
+            return moments.cast(pl.Float64)
+        if way.by == "random":
+            return pl.Series(self.rng.random(height))
+        if way.by == "order":
+            return pl.Series(np.arange(self.rows, self.rows + height, dtype=np.float64))
+        if way.column is not None:
+            values = _text(piece.rows[way.column])
+            numbers = {value: float(i) for i, name in enumerate(SPLITS) for value in way.names.get(name, ())}
+            keys = values.replace_strict(numbers, default=None, return_dtype=pl.Float64)
+            _refuse(piece, way.column, keys.is_null(), f"names no split; there are {', '.join(numbers)}", show=True)
+            return keys
+        return pl.Series(np.full(height, float(split)))
+
+
+def _refuse(piece: Piece, column: str, wrong: pl.Series, rule: str, show: bool = False) -> None:
+    rows = wrong.arg_true()
+    if len(rows):
+        got = f", got {_shortened(piece.rows[column][rows[0]])}" if show else ""
+        raise DataError(f"{piece.place(column, rows[0])}: {rule}{got}")
+
+
+def _shortened(value: object) -> str:
+    shown = repr(value.to_list() if isinstance(value, pl.Series) else value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _text(values: pl.Series) -> pl.Series:
+    return values.cast(pl.String).fill_null("")
+
+
+def _present(piece: Piece, column: str, rule: str) -> pl.Series:
+    values = _text(piece.rows[column])
+    _refuse(piece, column, values == "", rule)
+    return values
+
+
+def _numbers(piece: Piece, column: str) -> pl.Series:
+    """Float64, null where there is no value."""
+    given = piece.rows[column]
+    if given.dtype != pl.String:
+        return given.cast(pl.Float64)
+    given = given.str.strip_chars()
+    spelt = given.str.to_lowercase().replace({"true": "1", "false": "0"})
+    numbers = spelt.cast(pl.Float64, strict=False)
+    _refuse(piece, column, numbers.is_null() & (given != ""), "must be a number or blank", show=True)
+    return numbers
+
+
+def _label(piece: Piece, column: str) -> pl.Series:
+    labels = _numbers(piece, column)
+    _refuse(piece, column, ~labels.is_in([0.0, 1.0]).fill_null(False), "the label must be 0 or 1", show=True)
+    return labels.cast(pl.Float32)
+
+
+def _values(piece: Piece, feature: Ids) -> pl.Series:
+    if not feature.raw:
+        return _text(piece.rows[feature.column])
+    ids = piece.rows[feature.column].cast(pl.Int64, strict=False)
+    _refuse(piece, feature.column, _outside(ids, feature).fill_null(True), _range(feature), show=True)
+    return ids
+
+
+def _outside(ids: pl.Series, feature: Ids) -> pl.Series:
+    return (ids < 0) | (ids >= feature.num_ids if feature.num_ids is not None else False)
+
+
+def _range(feature: Ids) -> str:
+    end = f" below num_ids ({feature.num_ids})" if feature.num_ids is not None else ""
+    return f"raw ids must be whole numbers from 0{end}"
+
+
+def _lists(piece: Piece, feature: Ids) -> pl.Series:
+    """Lists of the values; blanks and nulls in a `multi` are none, those in a history are blank values."""
+    given = piece.rows[feature.column]
+    if given.dtype == pl.String:
+        given = given.replace("", None).str.split(feature.separator or "|")
+    given = given.cast(pl.List(pl.String)).fill_null([]).list.eval(pl.element().fill_null(""))
+    if feature.role == "history":
+        given = given.list.tail(feature.max_length)
+    else:
+        given = given.list.eval(pl.element().filter(pl.element() != ""))
+    if not feature.raw:
+        return given
+    ids = given.list.eval(pl.element().cast(pl.Int64, strict=False))
+    end = feature.num_ids if feature.num_ids is not None else 2**63 - 1
+    inside = pl.element().is_between(0, end, closed="left").fill_null(False)
+    _refuse(piece, feature.column, ~ids.list.eval(inside).list.all(), _range(feature), show=True)
+    return ids
+
+
+def _parsed(text: pl.Series, format: str) -> pl.Series:
+    if "%H" in format and "%M" not in format:  # hours without minutes are refused
+        text, format = text + " 00", format + " %M"
+    try:
+        return text.str.to_datetime(format, strict=False, time_unit="us")
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"time: format {format!r}: {str(error).splitlines()[0]}") from error
+
+
+def _iso_or_numbers(text: pl.Series) -> pl.Series:
+    text = text.str.strip_chars()
+    numbers = text.cast(pl.Float64, strict=False)
+    if len(text) and numbers[0] is not None:
+        whole = text.cast(pl.Int64, strict=False)
+        return numbers if whole.null_count() else whole
+    spelt = text.str.replace(" ", "T", literal=True).str.replace("Z$", "+0000")
+    ways = [_parsed(spelt, format) for format in _ISO]
+    aware = ways[0].dt.replace_time_zone(None) if ways[0].dtype.time_zone else ways[0]  # type: ignore[attr-defined]
+    return pl.select(pl.coalesce([aware, *ways[1:]])).to_series()
+
+
+def _derived(piece: Piece, time: Time, moments: pl.Series, part: str) -> pl.Series:
+    if moments.dtype != pl.Datetime:
+        if time.unit is None:
+            raise DataError(f"{piece.place(time.column, 0)}: is a number; say with `unit` or `format` what it counts")
+        moments = pl.select(pl.from_epoch(moments.cast(pl.Int64), time.unit)).to_series()  # type: ignore[arg-type]
+    value = moments.dt.hour() if part == "hour" else moments.dt.weekday() - 1
+    return value.cast(pl.Int64)

@@ -1,0 +1,212 @@
+"""CSV and Parquet files, read piece by piece; every value can be named by its place."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from csv import Error as CsvError
+from csv import reader
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from embtab.datasets.criteo import numeric_order
+from embtab.datasets.roles import Csv
+from embtab.errors import DataError
+
+SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_BLOCK_BYTES = 8 << 20  # of text
+_BLOCK_ROWS = 65_536  # of Parquet
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of a file; `first` is the number of the first one.
+
+    Rows of Parquet count from 0 in their row group. Those of text are lines: the header is line 1. (Blank lines, and
+    line breaks within quotes, are not counted.)
+    """
+
+    rows: pl.DataFrame
+    file: Path
+    row_group: int | None
+    first: int
+
+    def place(self, column: str, row: int) -> str:
+        """Where a value is, for people."""
+        if self.row_group is None:
+            return f"{self.file}, line {self.first + row}, column {column!r}"
+        return f"{self.file}, row group {self.row_group}, column {column!r}, row {self.first + row}"
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A file whose kind and columns are known."""
+
+    path: Path
+    name: str
+    """Its path below the folder it was found in, else its name."""
+    is_parquet: bool
+    columns: dict[str, pl.DataType]
+
+    def pieces(self, wanted: Sequence[str], csv: Csv, bar: tqdm) -> Iterator[Piece]:
+        """The wanted columns, of at most some ten thousand rows at a time; the bar advances by bytes of the file.
+
+        Raises:
+            DataError: when the file cannot be decoded, or holds no rows.
+        """
+        read = self._of_parquet if self.is_parquet else self._of_text
+        rows = 0
+        for piece in read(list(wanted), csv, bar):
+            rows += piece.rows.height
+            yield piece
+        if not rows:
+            raise DataError(f"{self.path}: holds no rows; remove it or write it again")
+
+    def _of_parquet(self, wanted: list[str], _: Csv, bar: tqdm) -> Iterator[Piece]:
+        group = 0
+        try:
+            with pq.ParquetFile(self.path) as file:
+                for group in range(file.num_row_groups):
+                    first = 0
+                    for batch in file.iter_batches(_BLOCK_ROWS, row_groups=[group], columns=wanted):
+                        rows = pl.DataFrame(pl.from_arrow(batch)).select(wanted)
+                        yield Piece(rows, self.path, group, first)
+                        first += rows.height
+                    bar.update(self.path.stat().st_size // file.num_row_groups)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.path}, row group {group}: cannot be decoded: {_line(error)}") from error
+
+    def _of_text(self, wanted: list[str], csv: Csv, bar: tqdm) -> Iterator[Piece]:
+        convert = pc.ConvertOptions(
+            include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
+        )
+        first, seen = (1 if csv.columns else 2), 0
+        with self.path.open("rb") as disk:
+            for batch in _text_batches(self.path, disk, csv, convert, first):
+                yield Piece(pl.DataFrame(pl.from_arrow(batch)), self.path, None, first)
+                first += batch.num_rows
+                bar.update(disk.tell() - seen)
+                seen = disk.tell()
+
+
+def find_files(raw: Sequence[Path], csv: Csv) -> list[TableFile]:
+    """The files of a table, in reading order: folders stand for the files below them, in numeric order of their names.
+
+    Raises:
+        DataError: for a path that does not exist, a folder without tables, text beside Parquet, or an unreadable file.
+    """
+    found: list[tuple[Path, str]] = []
+    for path in raw:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        found += _below(path) if path.is_dir() else [(path, path.name)]
+    if not found:
+        raise DataError("no files are given")
+    with tqdm(found, desc="opening", unit="file", disable=len(found) < 100) as bar:
+        files = [_opened(path, name, csv) for path, name in bar]
+    for file in files:
+        if file.is_parquet != files[0].is_parquet:
+            raise DataError(f"{file.path}: one of Parquet and text, {files[0].path} is the other; give files of a kind")
+    return files
+
+
+def _below(folder: Path) -> list[tuple[Path, str]]:
+    """The tables of a folder; files that begin with a dot or underscore are notes of whoever wrote it."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES)]
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    shown = [path for path in paths if not any(part.startswith((".", "_")) for part in names[path].split("/"))]
+    if not shown:
+        raise DataError(f"{folder}: holds no tables; files must end in {', '.join(SUFFIXES)}")
+    in_order = sorted(shown, key=lambda path: [numeric_order(step) for step in names[path].split("/")])
+    return [(path, names[path]) for path in in_order]
+
+
+def _opened(path: Path, name: str, csv: Csv) -> TableFile:
+    try:
+        with path.open("rb") as disk:
+            is_parquet = disk.read(4) == b"PAR1"
+            disk.seek(0)
+            if is_parquet:
+                schema = pq.read_schema(path)
+                names = schema.names
+            elif path.stat().st_size == 0:
+                raise DataError(f"{path}: is empty; remove it or write it again")
+            elif path.suffix.lower() in (".parquet", ".pq"):
+                raise DataError(f"{path}: is not a Parquet file, in spite of its name; write it again")
+            else:
+                text = io.TextIOWrapper(_unpacked(disk), encoding="utf-8-sig", newline="")
+                names = csv.columns or next(reader(text, delimiter=_delimiter(path, csv)), [])
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, CsvError) as error:
+        raise DataError(f"{path}: cannot be read: {_line(error)}") from error
+    if twice := [column for column in names if list(names).count(column) > 1]:
+        raise DataError(f"{path}: column {twice[0]!r} stands twice; rename one")
+    if is_parquet:
+        return TableFile(path, name, True, dict(pl.DataFrame(pl.from_arrow(schema.empty_table())).schema))
+    return TableFile(path, name, False, dict.fromkeys(names, pl.String()))
+
+
+def _text_batches(
+    path: Path, disk: BinaryIO, csv: Csv, convert: pc.ConvertOptions, first: int
+) -> Iterator[pa.RecordBatch]:
+    bad: list[pc.InvalidRow] = []
+    rows = first
+    try:
+        for batch in _reader(path, disk, csv, convert, bad):
+            yield batch
+            rows += batch.num_rows
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+        if bad:
+            found, wanted = bad[0].actual_columns, bad[0].expected_columns
+            message = f"has {found} columns, not {wanted}: {bad[0].text[:60]!r}"
+            raise DataError(f"{path}, line {_line_of(bad[0].text, path) or rows}: {message}") from error
+        raise DataError(f"{path}, line {rows} or below: cannot be read as text: {_line(error)}") from error
+
+
+def _reader(
+    path: Path, disk: BinaryIO, csv: Csv, convert: pc.ConvertOptions, bad: list[pc.InvalidRow]
+) -> pc.CSVStreamingReader:
+    def refuse(row: pc.InvalidRow) -> str:
+        bad.append(row)
+        return "error"
+
+    return pc.open_csv(
+        _unpacked(disk),
+        read_options=pc.ReadOptions(block_size=_BLOCK_BYTES, column_names=list(csv.columns) or None),
+        parse_options=pc.ParseOptions(
+            delimiter=_delimiter(path, csv), newlines_in_values=True, invalid_row_handler=refuse
+        ),
+        convert_options=convert,
+    )
+
+
+def _delimiter(path: Path, csv: Csv) -> str:
+    return csv.delimiter or ("\t" if ".tsv" in path.suffixes else ",")
+
+
+def _unpacked(disk: BinaryIO) -> BinaryIO:
+    """The text of a file, plain or gzip (told by its content)."""
+    compressed = disk.read(2) == b"\x1f\x8b"
+    disk.seek(0)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=disk)) if compressed else disk
+
+
+def _line_of(text: str, path: Path) -> int | None:
+    """The first line that reads so; slow, but it runs once."""
+    with path.open("rb") as disk:
+        for number, line in enumerate(_unpacked(disk), 1):
+            if line.rstrip(b"\r\n") == text.encode():
+                return number
+    return None
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
