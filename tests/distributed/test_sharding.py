@@ -31,6 +31,7 @@ def check_resumed(folder, world_size: int) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_processes_write_and_one_goes_on_under_another_plan(tmp_path):
     sharded.spawn(sharded.resume_cases, 2, str(tmp_path), "row_wise", True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.ckpt" for name in OPTIMIZERS]
