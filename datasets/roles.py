@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -157,10 +158,14 @@ def _check(roles: Roles) -> None:
         if dense.transform not in DENSE_TRANSFORMS:
             known = ", ".join(DENSE_TRANSFORMS)
             raise UserError(f"dense column {dense.column!r}: transform must be one of {known}; got {dense.transform!r}")
+        if dense.fill is not None and not math.isfinite(dense.fill):
+            raise UserError(f"dense column {dense.column!r}: fill must be a finite number, got {dense.fill}")
     for feature in roles.features:
         _check_feature(feature, {each.column: each for each in roles.features})
     _check_time(roles.time)
     _check_split(roles)
+    if roles.csv.delimiter is not None and len(roles.csv.delimiter.encode()) != 1:
+        raise UserError(f"csv: delimiter must be one character, got {roles.csv.delimiter!r}")
 
 
 def _check_feature(feature: Ids, known: Mapping[str, Ids]) -> None:

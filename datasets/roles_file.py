@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +50,8 @@ class _Loader(yaml.SafeLoader):
         """The map, after a look at its keys."""
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: a key must be a name")
             if key.value in seen:
                 raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value!r} stands twice; give it one role")
             seen.add(key.value)
@@ -76,13 +78,14 @@ def _roles(given: Any, name: str) -> Roles:
     ]
     features = [_as_target(feature, features) for feature in features]
     dense = [
-        _filled(Dense, f"dense column {column!r}", options, column)
+        _filled(Dense, f"dense column {column!r}", options, ("transform", "fill"), column=column)
         for column, options in _entries("dense", given.get("dense"), lambda text: {"transform": text})
     ]
     time = None
     if given.get("time") is not None:
-        options = given["time"] if isinstance(given["time"], dict) else {"column": given["time"]}
-        time = _filled(Time, "time", options, options.get("column"))
+        options = dict(given["time"]) if isinstance(given["time"], dict) else {"column": given["time"]}
+        column = _name("time: column", options.pop("column", None))
+        time = _filled(Time, "time", options, ("format", "unit", "derive"), column=column)
     return Roles(
         label=_name("label", given["label"]),
         features=tuple(features),
@@ -90,17 +93,22 @@ def _roles(given: Any, name: str) -> Roles:
         dense=tuple(dense),
         user=None if given.get("user") is None else _name("user", given["user"]),
         time=time,
-        csv=_filled(Csv, "csv", given.get("csv") or {}),
+        csv=_filled(Csv, "csv", given.get("csv") or {}, ("delimiter", "columns")),
         name=_name("name", given.get("name", name)),
     )
 
 
 _OF_SPACE = ("min_count", "raw", "num_ids")
+_OPTIONS = {
+    "categorical": (*_OF_SPACE, "of"),
+    "multi": (*_OF_SPACE, "of", "separator", "pooling"),
+    "history": ("of", "separator", "pooling", "max_length"),
+}
 
 
 def _ids(role: str, column: str, defaults: dict[str, Any], options: Any) -> Ids:
     where = f"{role} column {column!r}"
-    feature = _filled(Ids, where, options, column, role=role)
+    feature = _filled(Ids, where, options, _OPTIONS[role], column=_name(where, column), role=role)
     if feature.of is not None and (given := [name for name in _OF_SPACE if name in options]):
         raise UserError(f"{where}: {given[0]} is that of {feature.of!r}; leave it out here")
     return replace(feature, **{key: value for key, value in defaults.items() if key not in options})
@@ -136,23 +144,17 @@ def _name(role: str, given: Any) -> str:
 
 
 _Role = TypeVar("_Role", Ids, Dense, Time, Csv)
-_FIXED = ("role",)
 
 
-def _filled(kind: type[_Role], where: str, options: Any, column: Any = None, **fixed: Any) -> _Role:
+def _filled(kind: type[_Role], where: str, options: Any, known: Sequence[str], **fixed: Any) -> _Role:
     """A role with its options, each of the type of its field."""
     if not isinstance(options, dict):
-        raise UserError(f"{where}: expected options such as {{name: value}}, got {options!r}")
+        raise UserError(f"{where}: expected options such as {{{known[0]}: ...}}, got {options!r}")
     types = typing.get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for key, value in options.items():
-        if key not in types or key in _FIXED or (key == "column" and kind is not Time):
-            known = [name for name in types if name not in (*_FIXED, "column")]
+    for key in options:
+        if key not in known:
             raise UserError(f"{where}: unknown option {key!r}; there are {', '.join(known)}")
-        values[key] = _typed(f"{where}: {key}", value, types[key])
-    if "column" in types:
-        values["column"] = _name(where, column)
-    return kind(**values, **fixed)
+    return kind(**{key: _typed(f"{where}: {key}", value, types[key]) for key, value in options.items()}, **fixed)
 
 
 def _typed(where: str, value: Any, wanted: Any) -> Any:

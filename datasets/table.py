@@ -8,6 +8,7 @@ while the splits are cut.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -111,7 +112,7 @@ def _source(files: Sequence[TableFile], roles: Roles, stager: Stager) -> dict[st
         "rows": stager.rows,
         "nulls": stager.nulls,
         "unused": [column for column in files[0].columns if column not in roles.columns],
-        "options": asdict(roles),
+        "options": json.loads(json.dumps(asdict(roles))),  # as it will be read again
     }
 
 

@@ -76,7 +76,7 @@ def _kind(dtype: pl.DataType) -> str:
         return "text"
     if dtype.is_integer():
         return "whole numbers"
-    if dtype in (pl.Float32, pl.Float64):
+    if dtype in (pl.Float32, pl.Float64, pl.Decimal):
         return "numbers"
     if dtype in (pl.Date, pl.Datetime):
         return "dates"
@@ -132,7 +132,7 @@ class Stager:
         return pl.DataFrame(columns)
 
     def _dense(self, piece: Piece, dense: Dense) -> pl.Series:
-        numbers = _numbers(piece, dense.column).fill_nan(None)
+        numbers = _numbers(piece, dense.column, "must be a number or blank").fill_nan(None)
         self.nulls[dense.column] += numbers.null_count()
         if dense.fill is None:
             _refuse(piece, dense.column, numbers.is_null(), "holds a null; fill it, or say with `fill` what it becomes")
@@ -203,21 +203,22 @@ def _present(piece: Piece, column: str, rule: str) -> pl.Series:
     return values
 
 
-def _numbers(piece: Piece, column: str) -> pl.Series:
-    """Float64, null where there is no value."""
+def _numbers(piece: Piece, column: str, rule: str) -> pl.Series:
+    """Float64, null where there is no value; text that is no number breaks the rule."""
     given = piece.rows[column]
     if given.dtype != pl.String:
         return given.cast(pl.Float64)
     given = given.str.strip_chars()
     spelt = given.str.to_lowercase().replace({"true": "1", "false": "0"})
     numbers = spelt.cast(pl.Float64, strict=False)
-    _refuse(piece, column, numbers.is_null() & (given != ""), "must be a number or blank", show=True)
+    _refuse(piece, column, numbers.is_null() & (given != ""), rule, show=True)
     return numbers
 
 
 def _label(piece: Piece, column: str) -> pl.Series:
-    labels = _numbers(piece, column)
-    _refuse(piece, column, ~labels.is_in([0.0, 1.0]).fill_null(False), "the label must be 0 or 1", show=True)
+    rule = "the label must be 0 or 1"
+    labels = _numbers(piece, column, rule)
+    _refuse(piece, column, ~labels.is_in([0.0, 1.0]).fill_null(False), rule, show=True)
     return labels.cast(pl.Float32)
 
 

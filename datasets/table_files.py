@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from csv import Error as CsvError
 from csv import reader
 from dataclasses import dataclass
@@ -83,7 +84,17 @@ class TableFile:
                         first += rows.height
                     bar.update(self.path.stat().st_size // file.num_row_groups)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.path}, row group {group}: cannot be decoded: {_line(error)}") from error
+            place = f"{self.path}, row group {group}, column {self._unreadable(group, wanted)}"
+            raise DataError(f"{place}: cannot be decoded: {_line(error)}; write the file again") from error
+
+    def _unreadable(self, group: int, wanted: Sequence[str]) -> str:
+        for column in wanted:
+            try:
+                with pq.ParquetFile(self.path) as file:
+                    file.read_row_group(group, columns=[column])
+            except (pa.ArrowException, OSError):
+                return repr(column)
+        return "unknown"
 
     def _of_text(self, wanted: list[str], csv: Csv, bar: tqdm) -> Iterator[Piece]:
         convert = pc.ConvertOptions(
@@ -115,7 +126,8 @@ def find_files(raw: Sequence[Path], csv: Csv) -> list[TableFile]:
         files = [_opened(path, name, csv) for path, name in bar]
     for file in files:
         if file.is_parquet != files[0].is_parquet:
-            raise DataError(f"{file.path}: one of Parquet and text, {files[0].path} is the other; give files of a kind")
+            kinds = ("text", "Parquet") if files[0].is_parquet else ("Parquet", "text")
+            raise DataError(f"{file.path}: is {kinds[0]} but {files[0].path} is {kinds[1]}; give files of one kind")
     return files
 
 
@@ -143,7 +155,7 @@ def _opened(path: Path, name: str, csv: Csv) -> TableFile:
             elif path.suffix.lower() in (".parquet", ".pq"):
                 raise DataError(f"{path}: is not a Parquet file, in spite of its name; write it again")
             else:
-                text = io.TextIOWrapper(_unpacked(disk), encoding="utf-8-sig", newline="")
+                text = io.TextIOWrapper(_unpacked(disk), encoding="utf-8-sig", errors="replace", newline="")
                 names = csv.columns or next(reader(text, delimiter=_delimiter(path, csv)), [])
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, CsvError) as error:
         raise DataError(f"{path}: cannot be read: {_line(error)}") from error
@@ -164,11 +176,14 @@ def _text_batches(
             yield batch
             rows += batch.num_rows
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+        place, message = f"{path}, line {rows} or below", f"cannot be read as text: {_line(error)}"
         if bad:
-            found, wanted = bad[0].actual_columns, bad[0].expected_columns
-            message = f"has {found} columns, not {wanted}: {bad[0].text[:60]!r}"
-            raise DataError(f"{path}, line {_line_of(bad[0].text, path) or rows}: {message}") from error
-        raise DataError(f"{path}, line {rows} or below: cannot be read as text: {_line(error)}") from error
+            message = f"has {bad[0].actual_columns} columns, not {bad[0].expected_columns}: {bad[0].text[:60]!r}"
+            place = _place(path, lambda line: line.rstrip(b"\r\n") == bad[0].text.encode()) or place
+        elif "UTF8" in str(error):
+            message = "is not valid UTF-8; write the text in that encoding"
+            place = _place(path, lambda line: "\ufffd" in line.decode(errors="replace")) or place
+        raise DataError(f"{place}: {message}") from error
 
 
 def _reader(
@@ -199,12 +214,10 @@ def _unpacked(disk: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, gzip.GzipFile(fileobj=disk)) if compressed else disk
 
 
-def _line_of(text: str, path: Path) -> int | None:
-    """The first line that reads so; slow, but it runs once."""
-    with path.open("rb") as disk:
-        for number, line in enumerate(_unpacked(disk), 1):
-            if line.rstrip(b"\r\n") == text.encode():
-                return number
+def _place(path: Path, wrong: Callable[[bytes], bool]) -> str | None:
+    """The first line of which something holds; slow, but it runs once."""
+    with path.open("rb") as disk, suppress(OSError, EOFError, zlib.error):
+        return next((f"{path}, line {number}" for number, line in enumerate(_unpacked(disk), 1) if wrong(line)), None)
     return None
 
 

@@ -14,7 +14,7 @@ from embtab.datasets import vocabulary
 from embtab.datasets.roles import DERIVED, Ids, Roles
 from embtab.errors import DataError
 
-_MOST_RAW_IDS = 2**31 - 1
+_MOST_RAW_IDS = 2**28  # their counts are held: 2 GB
 
 
 def count_values(train: pl.LazyFrame, features: Iterable[Ids]) -> dict[str, pl.DataFrame]:

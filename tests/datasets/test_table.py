@@ -318,6 +318,18 @@ def test_a_target_and_its_history_are_one_id_space(tmp_path):
     assert features["city"].id_space is None
 
 
+def test_description_says_how_the_folder_was_made(tmp_path):
+    rows = example(40)
+    rows[5]["price"] = None
+    dataset = prepared(tmp_path, [write_parquet(tmp_path / "a.parquet", rows)])
+    assert Dataset.load(tmp_path / "out") == dataset
+    source = dataset.source
+    assert (source["kind"], source["files"], source["rows"]) == ("table", ["a.parquet"], 40)
+    assert source["nulls"] == {"price": 1}
+    assert source["unused"] == ["ignored"]
+    assert source["options"]["split"]["valid"] == 0.2
+
+
 def test_raw_ids_share_their_range_with_a_history(tmp_path):
     rows = example(40)
     rows[3]["bought"] = [77]
