@@ -9,6 +9,7 @@ shifts are masked because they would drag the sign along.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 Array = Any  # a torch.Tensor or a numpy.ndarray of int64
@@ -42,6 +43,20 @@ def hash_rows(ids: Array, seed: Array, num_rows: Array) -> Array:
     """
     top31 = (mix64(ids + seed) >> 33) & (2**31 - 1)
     return (top31 * num_rows) >> 31
+
+
+def expected_collisions(num_ids: int, combinations: int) -> float:
+    """How many of `num_ids` ids share their place with another one, in expectation.
+
+    Args:
+        num_ids: ids, each thrown independently.
+        combinations: equally likely places: rows, or the product of the rows of independent hashes.
+    """
+    if num_ids < 2:
+        return 0.0
+    if combinations == 1:
+        return float(num_ids)
+    return -num_ids * math.expm1((num_ids - 1) * math.log1p(-1 / combinations))
 
 
 def seed_of(space: str, part: int, user_seed: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,31 @@ class Plan:
         for space, encoding in self.encodings.items():
             parts |= {f"{space}.{name}": array.nbytes for name, array in encoding.arrays().items() if array.serving}
         return parts
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Serving bytes of all rows, and of each kind of further array (projections, pointers, ...)."""
+        kinds = {"rows": sum(table.nbytes for table in self.tables.values())}
+        for encoding in self.encodings.values():
+            for array in encoding.arrays().values():
+                if array.serving:
+                    kinds[array.part] = kinds.get(array.part, 0) + array.nbytes
+        return {kind: nbytes for kind, nbytes in kinds.items() if nbytes}
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are trained."""
+        trained = sum(table.num_rows * table.width for table in self.tables.values())
+        arrays = (array for encoding in self.encodings.values() for array in encoding.arrays().values())
+        return trained + sum(math.prod(array.shape) for array in arrays if array.dtype == "float32")
+
+    @property
+    def id_spaces(self) -> list[Feature]:
+        """One feature per id space, in the order of the features."""
+        return id_spaces(self.features)
+
+    def collisions(self) -> dict[str, float]:
+        """By id space, how many of its ids cannot be told from another of the same space, in expectation."""
+        return {space.name: self.encodings[space.name].colliding(space.num_ids) for space in self.id_spaces}
 
     @property
     def training_nbytes(self) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from embtab.cli import main
 from embtab.datasets import synthetic
+from embtab.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     assert "compare methods at equal bytes" in done.stdout
     assert time.perf_counter() - started < 5  # without heavy imports; a second on an idle machine
+
+
+def test_plan_all_prints_every_method(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(data), "--budget", "0.3x", "--dim", "8", "--all"])
+    printed = capsys.readouterr().out
+    for method in METHODS:
+        assert f"\n{method} " in printed
+    assert "colliding ids" in printed
+    with pytest.raises(SystemExit):
+        main(["plan", str(data), "--all", "--option", "op=sum"])
+    assert "--all shows every method as it is" in capsys.readouterr().err
 
 
 def test_plan_shows_the_budget(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from embtab.commands.parser import read_option
+from embtab.errors import UserError
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, such as op=sum; repeatable"
     )
+    parser.add_argument("--all", action="store_true", help="every method at this budget, a line each")
     sharded = parser.add_argument_group("for machines one does not have")
     sharded.add_argument("--shards", type=int, metavar="N", help="also show how N devices would hold the tables")
     sharded.add_argument("--hbm", default="80GB", help="memory of a device (default %(default)s)")
@@ -31,10 +33,16 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from embtab.features import read_features
+    from embtab.overview import describe, outlooks
     from embtab.planning import plan
 
     options = dict(read_option(text) for text in arguments.option)
     features = read_features(arguments.dir)
+    if arguments.all:
+        if options or arguments.shards is not None:
+            raise UserError("--all shows every method as it is: leave out --option and --shards")
+        print(describe(outlooks(features, arguments.budget, arguments.dim, arguments.seed, arguments.precision)))
+        return
     made = plan(
         features,
         arguments.method,

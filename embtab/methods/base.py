@@ -215,6 +215,13 @@ class Encoding(ABC):
     def start(self, std: float) -> Sequence[PartInit]:
         """How the table of each part starts, so that composed entries have zero mean and standard deviation `std`."""
 
+    def colliding(self, num_ids: int) -> float:
+        """How many of `num_ids` ids cannot be told from another, in expectation: all their rows are another's too.
+
+        None, unless a method hashes.
+        """
+        return 0.0
+
     def observe(self, ids: Tensor, arrays: Mapping[str, Tensor]) -> None:
         """Takes note, in the integer arrays, of the ids [N] of a batch in training; of nothing by default."""
         return None

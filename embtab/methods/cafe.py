@@ -35,7 +35,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.hashing import MAX_ROWS, hash_rows, seed_of
+from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
 from embtab.methods.base import Array, ArraySpec, Encoding, LiveTable, PartInit, Solution, Spec, fill
 from embtab.methods.dense import dense_solution
 
@@ -96,6 +96,10 @@ class CAFE(Encoding):
         for slot in range(SLOTS):
             rows = rows + (first + slot - rows) * (c["slots"][first + slot] == ids)
         return rows
+
+    def colliding(self, num_ids: int) -> float:
+        """Ids of one shared row, once every slot is taken."""
+        return expected_collisions(max(num_ids - SLOTS * self.num_buckets, 0), self.num_rows)
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The row itself."""

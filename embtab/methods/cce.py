@@ -34,7 +34,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.hashing import MAX_ROWS, hash_rows
+from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows
 from embtab.kmeans import group_means, kmeans, nearest
 from embtab.methods.base import Array, ArraySpec, Encoding, LiveTable, PartInit, Solution, Spec, fill
 from embtab.methods.dense import dense_solution
@@ -94,6 +94,10 @@ class CCE(Encoding):
         pointed = c["pointers"][ids, c["chunk"]]
         hashed = hash_rows(ids, c["seeds"][c["chunk"]], c["num_rows"])
         return c["first"] + pointed + (hashed - pointed) * c["hashed"]
+
+    def colliding(self, num_ids: int) -> float:
+        """Ids whose pointers and hashes all agree; clusters do not change their number."""
+        return expected_collisions(num_ids, (self.centroids * self.num_rows) ** self.chunks)
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The sums of the chunks, side by side."""

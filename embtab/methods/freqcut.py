@@ -24,7 +24,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.hashing import MAX_ROWS, hash_rows, seed_of
+from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
 from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
 from embtab.methods.dense import dense_solution
 
@@ -54,6 +54,10 @@ class FreqCut(Encoding):
         is_hot = (ids >= 0) & (ids < c["hot"])
         hashed = c["hot"] + hash_rows(ids, c["seed"], c["shared"])
         return hashed + is_hot * (ids - hashed)
+
+    def colliding(self, num_ids: int) -> float:
+        """Ids of one row among those that are not hot."""
+        return expected_collisions(max(num_ids - self.hot, 0), self.num_rows - self.hot)
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The row itself."""

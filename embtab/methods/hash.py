@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from embtab.features import Feature
-from embtab.hashing import MAX_ROWS, hash_rows, seed_of
+from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
 from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
 from embtab.methods.dense import dense_solution
 
@@ -36,6 +36,10 @@ class Hash(Encoding):
     def rows(ids: Array, c: Mapping[str, Array]) -> Array:
         """The seeded hash of the id."""
         return hash_rows(ids, c["seed"], c["num_rows"])
+
+    def colliding(self, num_ids: int) -> float:
+        """Ids of one row."""
+        return expected_collisions(num_ids, self.num_rows)
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The row itself."""

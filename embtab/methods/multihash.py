@@ -28,7 +28,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.hashing import MAX_ROWS, hash_rows, seed_of
+from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
 from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill, infeasible
 from embtab.methods.dense import Dense, dense_solution
 
@@ -61,6 +61,11 @@ class MultiHash(Encoding):
     def rows(ids: Array, c: Mapping[str, Array]) -> Array:
         """One independent hash per part."""
         return hash_rows(ids, c["seed"], c["num_rows"])
+
+    def colliding(self, num_ids: int) -> float:
+        """Ids of the same rows; their order makes no difference to a sum over one table."""
+        orders = 1 if self.weighted or len(set(self.tables)) > 1 else math.factorial(len(self.seeds))
+        return expected_collisions(num_ids, max(math.prod(self.num_rows) // orders, 1))
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The sum of the rows, each times its scalar where there are scalars."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.hashing import MAX_ROWS, hash_rows, seed_of
+from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
 from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, infeasible
 from embtab.methods.dense import Dense
 
@@ -54,6 +54,10 @@ class Robe(Encoding):
     def rows(ids: Array, c: Mapping[str, Array]) -> Array:
         """The hashed first row of the part's chunk, and on by the part's place."""
         return hash_rows(ids, c["seed"], c["starts"]) + c["place"]
+
+    def colliding(self, num_ids: int) -> float:
+        """Ids whose chunks all start at the same rows."""
+        return expected_collisions(num_ids, (self.num_rows - self.window + 1) ** len(self.seeds))
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The rows side by side, in order."""

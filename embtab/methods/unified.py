@@ -19,7 +19,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.hashing import MAX_ROWS, hash_rows, seed_of
+from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
 from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, infeasible
 from embtab.methods.dense import Dense
 
@@ -41,6 +41,10 @@ class Unified(Encoding):
     def rows(ids: Array, c: Mapping[str, Array]) -> Array:
         """One independent hash per chunk."""
         return hash_rows(ids, c["seed"], c["num_rows"])
+
+    def colliding(self, num_ids: int) -> float:
+        """Ids that share the rows of all chunks."""
+        return expected_collisions(num_ids, self.num_rows ** len(self.seeds))
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The chunks side by side, in order."""
