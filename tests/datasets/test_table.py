@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embtab.cli import main
+from embtab.compare.sweep import read_sweep
 from embtab.datasets import table
 from embtab.datasets.check import check
+from embtab.datasets.roles_file import read_roles
 from embtab.datasets.schema import Dataset
 from embtab.features import read_features
 
@@ -341,6 +343,16 @@ def test_raw_ids_share_their_range_with_a_history(tmp_path):
     assert [row["item"] for row in found] == [row["item"] for row in rows]
     assert [row["bought"] for row in found] == [row["bought"][-3:] for row in rows]
     assert check(tmp_path / "out") == []
+
+
+def test_the_page_about_own_data_shows_files_that_are_accepted(tmp_path):
+    page = Path(__file__).parents[2] / "docs/your-data.md"
+    roles, sweep = (block.split("```")[0] for block in page.read_text().split("```yaml\n")[1:])
+    (tmp_path / "roles.yaml").write_text(roles)
+    (tmp_path / "compare.yaml").write_text(sweep)
+    found = read_roles(tmp_path / "roles.yaml")
+    assert found.columns.keys() >= {"clicked", "seen_at", "customer", "last_products"}
+    assert read_sweep(tmp_path / "compare.yaml").data == f"data/{found.name}"
 
 
 def test_from_a_folder_with_other_names_to_a_report(tmp_path, capsys):
