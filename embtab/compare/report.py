@@ -1,74 +1,197 @@
-"""The report of a sweep, as Markdown."""
+"""The report of a sweep: one HTML page that needs no network, and the same as Markdown with PNG files.
+
+A function of the sweep, the dataset and the rows alone: equal results give equal bytes.
+"""
 
 from __future__ import annotations
 
-import statistics
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from embtab.compare.sweep import Sweep
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from embtab.compare.charts import Spec
+from embtab.compare.figure import Figure, Panel
+from embtab.compare.figures import figures
+from embtab.compare.results import write_bytes
+from embtab.compare.statistics import LEVEL, RESAMPLES
+from embtab.compare.summary import Row, Summary, summarise
+from embtab.compare.sweep import Sweep, label
+from embtab.compare.words import Advice, advise
 from embtab.datasets.schema import Dataset
+from embtab.files import write_text
 from embtab.sizes import format_bytes
 
-Row = dict[str, Any]
+PNG_WIDTH = 720
 
 
-def markdown(sweep: Sweep, dataset: Dataset, rows: Sequence[Row]) -> str:
-    """A table with a line per method and budget: bytes, mean and spread of the metrics over seeds.
+@dataclass(frozen=True)
+class Section:
+    """What was found with one ranker."""
+
+    title: str
+    prefix: str
+    advice: Sequence[Advice]
+    figures: Sequence[Figure]
+    undone: Sequence[str]
+    same: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows."""
+
+    title: str
+    about: Sequence[str]
+    sections: Sequence[Section]
+    method: Sequence[str]
+
+
+def make_report(sweep: Sweep, dataset: Dataset, rows: Sequence[Row]) -> Report:
+    """Computes everything that is shown.
 
     Args:
         sweep: what was compared.
         dataset: what it was compared on.
         rows: results of its cells.
     """
-    dense = next((row["dense_nbytes"] for row in rows if row["dense_nbytes"]), None)
-    lines = [f"# {dataset.name}: embedding tables at equal bytes", ""]
-    splits = ", ".join(f"{dataset.rows(split):,} {split}" for split in ("train", "valid", "test"))
-    lines += [f"{splits} rows (fingerprint `{dataset.fingerprint}`); {sweep.model.get('name')}, dim {sweep.dim}.", ""]
-    lines += [
-        f"Mean ± standard deviation over seeds {', '.join(map(str, sweep.seeds))}, on the test split. "
-        f"{'Dense tables take ' + format_bytes(dense) + '.' if dense else ''}",
-        "",
-        "| method | rows | budget | bytes | of dense | AUC | log loss | normalised entropy | samples/s | runs |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    by_model: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["precision"], row["budget"]), []).append(row)
-    order = ["none", *map(str, sweep.budgets)]
-    for (method, precision, budget), members in sorted(groups.items(), key=lambda item: order.index(item[0][2])):
-        lines.append(_line(method, precision, budget, members))
-    if dataset.bayes:
-        best = "the best any ranker can do on this test split, known since the data is generated"
-        lines.append(
-            f"| *Bayes* | | | | | {dataset.bayes['auc']:.4f} | {dataset.bayes['logloss']:.4f} | | | |\n\nBayes: {best}."
-        )
-    return "\n".join(lines) + "\n"
+        by_model.setdefault(label(dict(sorted(row["training"]["model"].items()))), []).append(row)
+    budgets = [str(budget) for budget in sweep.budgets]
+    bayes = dataset.bayes["auc"] if dataset.bayes else None
+    sections = []
+    for i, (title, own) in enumerate(by_model.items()):
+        prefix = f"{i}-" if len(by_model) > 1 else ""
+        sections.append(_section(title, prefix, summarise(own, budgets, bayes)))
+    title = f"{dataset.name}: embedding tables at equal bytes"
+    return Report(title, _about(sweep, dataset, rows, list(by_model)), sections, _method(dataset))
 
 
-def _line(method: str, precision: str, budget: str, rows: Sequence[Row]) -> str:
-    done = [row for row in rows if row["status"] == "ok"]
-    shown = "no limit" if budget == "none" else budget
-    if not done:
-        first = rows[0]
-        why = f"failed: {first['error']}"
-        if first["status"] == "infeasible":
-            why = f"infeasible: needs {format_bytes(first['min_bytes'])}"
-        return f"| {method} | {precision} | {shown} | {why} | | | | | | 0 |"
-    nbytes, dense = done[0]["nbytes"], done[0]["dense_nbytes"]
-    cells = [
-        method,
-        precision,
-        shown,
-        format_bytes(nbytes),
-        f"{nbytes / dense:.3g}x",
-        *(_spread([row[name] for row in done]) for name in ("auc", "logloss", "ne")),
-        f"{statistics.mean(row['samples_per_s'] for row in done):,.0f}",
-        str(len(done)),
+def html(report: Report) -> str:
+    """The page, with the chart library inside: about a megabyte."""
+    return _environment(True).get_template("page.html.j2").render(vars(report), vega=_library())
+
+
+def markdown(report: Report) -> str:
+    """The same for GitHub; its charts are the files of `pictures`, below figures/."""
+    return _environment(False).get_template("report.md.j2").render(vars(report))
+
+
+def pictures(report: Report) -> dict[str, bytes]:
+    """PNG files by name."""
+    import vl_convert
+
+    return {
+        f"{section.prefix}{panel.name}.png": vl_convert.vegalite_to_png(_printed(panel), scale=1.5)
+        for section in report.sections
+        for figure in section.figures
+        for panel in figure.panels
+    }
+
+
+@cache
+def _library() -> str:
+    """Vega-Embed and all that it needs."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle()  # type: ignore[call-arg]  # a snippet would leave most of it out
+
+
+def _printed(panel: Panel) -> Spec:
+    """The chart of a panel with its title, of a width that fits GitHub's pages."""
+    width = PNG_WIDTH if panel.spec["width"] == "container" else panel.spec["width"]
+    return panel.spec | {"width": width, "title": panel.title}
+
+
+def write_report(report: Report, out: Path) -> str:
+    """Writes report.html, report.md and figures/ into `out`; returns the Markdown."""
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    made = pictures(report)
+    for old in set(folder.glob("*.png")) - {folder / name for name in made}:
+        old.unlink()
+    for name, content in made.items():
+        write_bytes(folder / name, content)
+    write_text(out / "report.html", html(report))
+    text = markdown(report)
+    write_text(out / "report.md", text)
+    return text
+
+
+def _environment(escape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("embtab.compare"),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["json"] = _script_json
+    return environment
+
+
+def _script_json(value: Any) -> Any:
+    """JSON that cannot end the script element it stands in."""
+    from markupsafe import Markup
+
+    return Markup(json.dumps(value, sort_keys=True).replace("<", "\\u003c"))
+
+
+def _section(title: str, prefix: str, summary: Summary) -> Section:
+    undone = [_why(row) for row in summary.undone]
+    same = "; ".join(f"{left_out} = {kept}" for left_out, kept in summary.same)
+    said = f"The same runs under other names, shown once: {same}." if same else ""
+    return Section(title, prefix, advise(summary), figures(summary) if summary.points else [], undone, said)
+
+
+def _why(row: Row) -> str:
+    name = f"{row['method']}, {row['precision']}, {row['budget']}"
+    if row["status"] == "infeasible":
+        return f"{name}: infeasible, needs {format_bytes(row['min_bytes'])}"
+    return f"{name}: failed: {row['error']}"
+
+
+def _about(sweep: Sweep, dataset: Dataset, rows: Sequence[Row], models: Sequence[str]) -> list[str]:
+    splits = ", ".join(f"{dataset.rows(split):,} {split}" for split in ("train", "valid", "test"))
+    settings = {name: value for name, value in sweep.training.items() if name != "model"}
+    versions: dict[str, str] = next((row["versions"] for row in rows if row["versions"]), {})
+    dense = next((row["dense_nbytes"] for row in rows if row["dense_nbytes"]), None)
+    lines = [
+        f"{splits} rows of {dataset.name} (fingerprint {dataset.fingerprint}); {len(dataset.features)} features of "
+        f"{sum(feature.num_ids for feature in dataset.features):,} ids, dim {sweep.dim}"
+        f"{'; dense tables take ' + format_bytes(dense) if dense else ''}.",
+        f"Ranker: {'; '.join(models)}. Seeds {', '.join(map(str, sweep.seeds))}. "
+        + ", ".join(f"{name} {value}" for name, value in settings.items())
+        + ".",
+        "Made with " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
     ]
-    return f"| {' | '.join(cells)} |"
+    if dataset.bayes:
+        lines.append(
+            f"The data is generated: the best any ranker can do on this test split is known, AUC "
+            f"{dataset.bayes['auc']:.4f} and log loss {dataset.bayes['logloss']:.4f} (Bayes)."
+        )
+    return lines
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+def _method(dataset: Dataset) -> list[str]:
+    unit = f"users ({dataset.user})" if dataset.user else "rows"
+    percent = f"{100 * LEVEL:.0f} %"
+    return [
+        "Bytes are all that serving needs to make a vector: rows, scales, projections, maps. Never above the budget.",
+        "Training stops by the validation split alone. Results are of the rows as served, rounded to their precision.",
+        "The table to take is chosen by AUC on the validation split; the AUC beside it is that of the test split.",
+        "AUC is exact: the rank statistic over every test row in 64-bit floats, ties counted half; no bins.",
+        f"{percent} over seeds: Student's t interval of the mean; a seed sets hashes, first weights and the shuffle, "
+        "the same for every table.",
+        f"{percent} over the test set: from the deviation over {RESAMPLES} resamples of its {unit}, the same for every "
+        "table; resamples are of the mean over seeds.",
+        "Against dense, against hash (of equal budget and precision): paired by seed, and by resample; the wider of "
+        "the two intervals is shown. Not significant (n. s.) means that one of them contains zero: the difference may "
+        "be chance.",
+        f"Each comparison stands alone at {percent}: of twenty without any difference, about one looks significant.",
+    ]

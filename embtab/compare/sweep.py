@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ class Sweep:
     """Of the served rows: fp32, fp16, int8, int4. Training is in fp32; results are those of the served rows."""
     dim: int = 16
     """Width of every embedding."""
-    model: Mapping[str, Any] = field(default_factory=lambda: {"name": "AutoInt"})
-    """The ranker: `name` of a class of embtab.models, and its options."""
+    model: Mapping[str, Any] | Sequence[Mapping[str, Any]] = field(default_factory=lambda: {"name": "AutoInt"})
+    """The ranker: `name` of a class of embtab.models, and its options; or a list of rankers, each with all cells."""
     epochs: int = 1
     """At most; training stops after an epoch that is worse on the validation split than `patience` before it."""
     patience: int = 1
@@ -54,15 +54,25 @@ class Sweep:
         names += ["table_optimizer", "table_lr", "init_std"]
         return {name: getattr(self, name) for name in names}
 
+    def each_model(self) -> list[Sweep]:
+        """The sweep of every ranker."""
+        models = [self.model] if isinstance(self.model, Mapping) else self.model
+        return [dataclasses.replace(self, model=model) for model in models]
+
     def cells(self) -> list[Cell]:
-        """Every run, seed by seed, so that a sweep stopped early still compares all methods."""
-        return [
-            Cell(method, budget, precision, seed)
-            for seed in self.seeds
-            for precision in self.precisions
-            for method in self.methods
-            for budget in ((None,) if label(method) == "dense" else self.budgets)
-        ]
+        """Every run, seed by seed, so that a sweep stopped early still compares all methods.
+
+        Dense tables are always measured in int8, too: it takes no further training, and is what to surpass.
+        """
+        cells = []
+        for seed in self.seeds:
+            for precision in self.precisions:
+                for method in self.methods:
+                    budgets = (None,) if label(method) == "dense" else self.budgets
+                    cells += [Cell(method, budget, precision, seed) for budget in budgets]
+            if "dense" in map(label, self.methods) and "int8" not in self.precisions:
+                cells.append(Cell("dense", None, "int8", seed))
+        return cells
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,15 @@ def cell_key(sweep: Sweep, plan: Plan, fingerprint: str, seed: int) -> str:
     described.pop("budget")
     text = json.dumps([fingerprint, described, sweep.training, seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def training_key(sweep: Sweep, plan: Plan, seed: int) -> str:
+    """Equal for runs that train alike: rows are rounded to their precision after training only."""
+    described = plan.to_dict()
+    described.pop("budget")
+    for table in described["tables"]:
+        table.pop("precision")
+    return json.dumps([described, sweep.training, seed], sort_keys=True)
 
 
 def read_sweep(file: str | Path, **overrides: Any) -> Sweep:
@@ -143,6 +162,8 @@ def _checked(file: str, key: str, value: Any) -> Any:
             raise UserError(f"{file}: {key} must be a list with at least one entry, got {value!r}")
         if key == "seeds" and not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in value):
             raise UserError(f"{file}: seeds must be whole numbers, got {value!r}")
+        return tuple(value)
+    if key == "model" and isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         return tuple(value)
     kind = _KINDS[key]
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):

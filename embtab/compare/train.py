@@ -1,4 +1,4 @@
-"""One cell of a sweep: train, stop on the validation split, measure on the test split."""
+"""One training of a sweep: stop on the validation split, measure on the test split."""
 
 from __future__ import annotations
 
@@ -7,36 +7,55 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import embtab.models
 from embtab.collections import EmbeddingBagCollection
+from embtab.compare import measure
+from embtab.compare.statistics import resampled_auc
 from embtab.compare.sweep import Sweep
 from embtab.errors import UserError
 from embtab.lookup import Optimizer
 from embtab.planning import Plan
+from embtab.training import metrics
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
-from embtab.training.task import RankingTask
+from embtab.training.task import RankingTask, Rows
 
 
-def train(sweep: Sweep, plan: Plan, seed: int, show: bool = False) -> dict[str, Any]:
-    """Trains one plan and measures it.
+class MeasuredTask(RankingTask):
+    """A `RankingTask` that keeps what it predicted on the test split."""
+
+    tested: Rows
+
+    def on_test_epoch_end(self) -> None:
+        """Keeps logits, labels and users."""
+        logits, labels, users = zip(*self._seen, strict=True)
+        has_users = users[0] is not None
+        self.tested = (np.concatenate(logits), np.concatenate(labels), np.concatenate(users) if has_users else None)
+        super().on_test_epoch_end()
+
+
+def train(sweep: Sweep, plans: Mapping[str, Plan], seed: int, show: bool = False) -> dict[str, dict[str, Any]]:
+    """Trains tables once and measures them in each of their precisions.
 
     Args:
         sweep: the training settings.
-        plan: the tables.
+        plans: the tables, by any names; they differ in precision alone.
         seed: of initial weights and shuffle.
         show: write the progress of training to stderr.
 
     Returns:
-        auc, logloss, ne, calibration (and gauc where the data names users) on the test split at the best epoch of the
-        validation split; val_auc of that epoch; epochs trained; samples_per_s of training alone; seconds of it all.
+        By the same names: the metrics of the test split at the best epoch of the validation split; val_auc of that
+        epoch; epochs trained; samples_per_s of training alone; seconds of it all; and what `embtab.compare.measure`
+        finds.
 
     Raises:
         UserError: for an unknown model or option, or a loss that is not finite.
@@ -45,11 +64,9 @@ def train(sweep: Sweep, plan: Plan, seed: int, show: bool = False) -> dict[str, 
     torch.set_num_threads(1)  # a result does not depend on how many runs share the machine
     L.seed_everything(seed, workers=True, verbose=False)
     data = DataModule(sweep.data, sweep.batch_size, seed=seed)
-    tables = EmbeddingBagCollection(
-        plan, optimizer=Optimizer(sweep.table_optimizer, sweep.table_lr), init_std=sweep.init_std
-    )
-    model = make_model(sweep, len(data.dataset.dense), len(plan.features))
-    task = RankingTask(tables, model, lr=sweep.lr, weight_decay=sweep.weight_decay)
+    tables = _tables(sweep, next(iter(plans.values())))
+    model = make_model(sweep, len(data.dataset.dense), len(data.dataset.features))
+    task = MeasuredTask(tables, model, lr=sweep.lr, weight_decay=sweep.weight_decay)
     progress = Progress()
     if not show:
         progress.disable()
@@ -67,16 +84,39 @@ def train(sweep: Sweep, plan: Plan, seed: int, show: bool = False) -> dict[str, 
         )
         started = time.perf_counter()
         trainer.fit(task, data)
-        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        task.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-        tables.round_to_served()
-        (tested,) = trainer.test(task, data, verbose=False)
+        run = {"epochs": trainer.current_epoch, "samples_per_s": float(trainer.callback_metrics["train/samples_per_s"])}
+        state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    found = {}
+    for name, plan in plans.items():
+        task.tables = tables if plan is tables.plan else _tables(sweep, plan)
+        task.load_state_dict(state)
+        found[name] = run | _measured(task, trainer, data)
+    seconds = time.perf_counter() - started
+    return {name: row | {"seconds": seconds} for name, row in found.items()}
+
+
+def _tables(sweep: Sweep, plan: Plan) -> EmbeddingBagCollection:
+    optimizer = Optimizer(sweep.table_optimizer, sweep.table_lr)
+    return EmbeddingBagCollection(plan, optimizer=optimizer, init_std=sweep.init_std)
+
+
+def _measured(task: MeasuredTask, trainer: L.Trainer, data: DataModule) -> dict[str, Any]:
+    """Everything about tables as they are served, in the precision of their plan."""
+    assert isinstance(task.tables, EmbeddingBagCollection)
+    task.tables.round_to_served()
+    (validated,) = trainer.validate(task, data, verbose=False)
+    trainer.test(task, data, verbose=False)
+    logits, labels, users = task.tested
+    rarest = measure.rarity(str(data.path))
+    served = measure.torch_tables(task.tables)
     return {
-        **{name.removeprefix("test/"): value for name, value in tested.items()},
-        "val_auc": float(best.best_model_score or float("nan")),
-        "epochs": trainer.current_epoch,
-        "samples_per_s": measured["train/samples_per_s"],
-        "seconds": time.perf_counter() - started,
+        **metrics.evaluate(labels, logits, users),
+        "val_auc": validated["val/auc"],
+        "auc_resampled": [round(value, 7) for value in resampled_auc(labels, logits, users).tolist()],
+        "slices": None if rarest is None else measure.slices(labels, logits, rarest),
+        "deciles": measure.deciles(labels, logits),
+        "collisions": measure.collisions(served),
+        "latency_us": measure.latency(served, next(iter(data.test_dataloader())).sparse),
     }
 
 
@@ -86,6 +126,7 @@ def make_model(sweep: Sweep, num_dense: int, num_features: int) -> torch.nn.Modu
     Raises:
         UserError: for an unknown name or option, or a value the ranker refuses.
     """
+    assert isinstance(sweep.model, Mapping)
     options = dict(sweep.model)
     name = options.pop("name", None)
     classes = {

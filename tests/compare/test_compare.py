@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import embtab.compare.report
 import embtab.compare.train
 from embtab.compare.run import compare
+from embtab.compare.statistics import mean_interval
 from embtab.compare.sweep import Sweep, label, read_sweep
 from embtab.datasets import synthetic
 from embtab.errors import UserError
@@ -21,6 +23,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("compare") / "data"
     synthetic.prepare(folder, rows=3000, scale=0.0002, seed=1)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a second for every report; test_report.py looks at them."""
+    monkeypatch.setattr(embtab.compare.report, "pictures", lambda report: {})
 
 
 def sweep_of(data: str, **changes: object) -> Sweep:
@@ -40,16 +48,20 @@ def test_a_sweep_measures_every_cell_and_never_one_twice(
     trained: list[str] = []
     real = embtab.compare.train.train
 
-    def counting(sweep, plan, seed, show=False):
-        trained.append(f"{sorted({e.method for e in plan.encodings.values()})} {seed}")
-        return real(sweep, plan, seed, show)
+    def counting(sweep, plans, seed, show=False):
+        trained.append(f"{sorted(plans)} {seed}")
+        return real(sweep, plans, seed, show)
 
     monkeypatch.setattr(embtab.compare.train, "train", counting)
     report = compare(sweep_of(data), tmp_path)
-    rows = {(row["method"], row["budget"]): row for row in rows_in(tmp_path)}
+    written = rows_in(tmp_path)
+    rows = {(row["method"], row["budget"]): row for row in written if row["precision"] == "fp32"}
     assert set(rows) == {("dense", "none")} | {(m, b) for m in ("hash", "unified") for b in ("1x", "0.3x")}
-    # At 1x nothing is compressed: those cells are the dense run.
+    # At 1x nothing is compressed: those cells are the dense run. It is measured in int8, too, and trained once.
     assert len(trained) == 3
+    (rounded,) = [row for row in written if row["precision"] == "int8"]
+    assert (rounded["method"], rounded["samples_per_s"]) == ("dense", rows["dense", "none"]["samples_per_s"])
+    assert 0 < abs(float(rounded["auc"]) - float(rows["dense", "none"]["auc"])) < 0.01
     assert rows["hash", "1x"]["auc"] == rows["unified", "1x"]["auc"] == rows["dense", "none"]["auc"]
     for row in rows.values():
         assert row["status"] == "ok"
@@ -57,7 +69,7 @@ def test_a_sweep_measures_every_cell_and_never_one_twice(
         assert sum(json.loads(row["bytes_by_part"]).values()) == int(row["nbytes"])
         assert not row["budget_bytes"] or int(row["nbytes"]) <= int(row["budget_bytes"])
     assert f"{float(rows['hash', '0.3x']['auc']):.4f}" in report
-    assert "*Bayes*" in report
+    assert "(Bayes)" in report
     # Again: nothing is left to do, and the report is the same.
     assert compare(sweep_of(data), tmp_path) == report
     assert len(trained) == 3
@@ -65,7 +77,7 @@ def test_a_sweep_measures_every_cell_and_never_one_twice(
     grown = compare(sweep_of(data, seeds=(0, 1)), tmp_path)
     assert len(trained) == 6
     both = [float(row["auc"]) for row in rows_in(tmp_path) if (row["method"], row["budget"]) == ("hash", "0.3x")]
-    assert f"{statistics.mean(both):.4f} ± {statistics.stdev(both):.4f}" in grown
+    assert f"| {statistics.mean(both):.4f} | {mean_interval(both).low:.4f} to {mean_interval(both).high:.4f} |" in grown
 
 
 def test_processes_side_by_side_give_the_same_results(data: str, tmp_path: Path) -> None:
@@ -73,7 +85,7 @@ def test_processes_side_by_side_give_the_same_results(data: str, tmp_path: Path)
     compare(sweep_of(data), tmp_path / "two", jobs=2)
 
     def results(folder: str) -> dict[str, str]:
-        return {row["method"] + row["budget"]: row["auc"] for row in rows_in(tmp_path / folder)}
+        return {row["method"] + row["precision"] + row["budget"]: row["auc"] for row in rows_in(tmp_path / folder)}
 
     assert results("one") == results("two")
 
@@ -84,16 +96,16 @@ def test_infeasible_cells_say_so_and_the_rest_goes_on(data: str, tmp_path: Path)
     assert rows["hash"]["status"] == "ok"
     assert rows["qr"]["status"] == "infeasible"
     assert int(rows["qr"]["min_bytes"]) > 0
-    assert "infeasible: needs" in report
+    assert "infeasible, needs" in report
 
 
 def test_a_failing_cell_is_recorded_and_tried_again(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = embtab.compare.train.train
 
-    def failing(sweep, plan, seed, show=False):
-        if any(e.method == "hash" for e in plan.encodings.values()):
+    def failing(sweep, plans, seed, show=False):
+        if any(e.method == "hash" for plan in plans.values() for e in plan.encodings.values()):
             raise RuntimeError("the disk\nis full")
-        return real(sweep, plan, seed, show)
+        return real(sweep, plans, seed, show)
 
     monkeypatch.setattr(embtab.compare.train, "train", failing)
     sweep = sweep_of(data, methods=("hash", "unified"), budgets=("0.3x",))

@@ -1,0 +1,179 @@
+"""Vega-Lite charts, made by Altair, of records that are already computed.
+
+Colours are those of Okabe and Ito, which stay distinct under every common colour blindness, and each method also has a
+shape of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import altair as alt
+
+Record = dict[str, Any]
+Spec = dict[str, Any]
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+PART_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#999999")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
+DASHES: dict[str, list[int]] = {"Bayes": [1, 0], "dense, fp32": [8, 3], "dense, int8": [2, 3], "Pareto front": [12, 2]}
+_BYTES = "format(datum.value, '~s') + 'B'"
+
+
+def against_bytes(
+    points: Sequence[Record],
+    methods: Sequence[str],
+    y: str,
+    title: str,
+    *,
+    domain: tuple[float, float] | None = None,
+    references: Sequence[Record] = (),
+    front: Sequence[Record] = (),
+    log: bool = False,
+) -> Spec:
+    """A point per record at (nbytes, y), joined by method; its interval where it has `low` and `high`.
+
+    Args:
+        points: records with nbytes, method, `y`, and what the tooltip shows.
+        methods: all methods of the report, so that each keeps its colour in every chart.
+        y: name of the value.
+        title: of the y axis.
+        domain: of the y axis.
+        references: records {line, value}: horizontal lines.
+        front: records {line, nbytes, `y`}: a staircase.
+        log: whether the y axis is logarithmic, too.
+    """
+    scale = alt.Scale(type="log", nice=False, padding=12) if log else alt.Scale(zero=False, nice=not domain)
+    if domain:
+        scale.domain = list(domain)
+    x = alt.X("nbytes:Q", scale=alt.Scale(type="log", nice=False, padding=24), axis=_byte_axis(), title="serving bytes")
+    y_at = {name: alt.Y(f"{name}:Q", scale=scale, title=title) for name in (y, "low")}
+    layers: list[Any] = []
+    data = _Data()
+    lines = [line["line"] for line in (*references, *front[:1])]
+    dashes = alt.Scale(domain=lines, range=[DASHES[line] for line in lines])
+    dash = alt.StrokeDash("line:N", title=None, scale=dashes, legend=alt.Legend(symbolType="stroke", symbolSize=900))
+    if references:
+        rules = alt.Chart(data.of(references)).mark_rule(color="#666666").encode(y="value:Q", strokeDash=dash)
+        layers.append(rules.encode(tooltip=[alt.Tooltip("line:N"), alt.Tooltip("value:Q", format=".5f")]))
+    if front:
+        stairs = alt.Chart(data.of(front)).mark_line(interpolate="step-after", color="#666666", strokeWidth=1)
+        layers.append(stairs.encode(x=x, y=y_at[y], strokeDash=dash))
+    shown = {point["method"] for point in points}
+    colour, shape = _method_colour(methods, shown), _method_shape(methods, shown)
+    for offset, own in _beside(points, methods):
+        base = alt.Chart(data.of(own)).encode(x=x, y=y_at[y], color=colour)
+        layers.append(base.mark_line(strokeWidth=1, strokeOpacity=0.5, xOffset=offset))
+        known = [point for point in own if point.get("low") is not None]
+        if known:
+            bars = alt.Chart(data.of(known)).mark_rule(strokeWidth=1.5, strokeOpacity=0.7, xOffset=offset)
+            layers.append(bars.encode(x=x, y=y_at["low"], y2="high:Q", color=colour))
+        marks = base.mark_point(filled=True, size=70, xOffset=offset)
+        layers.append(marks.encode(shape=shape, tooltip=_tooltip(points)))
+    return _finished(alt.layer(*layers), data)
+
+
+def _beside(points: Sequence[Record], methods: Sequence[str]) -> list[tuple[float, list[Record]]]:
+    """Each method's records, with the pixels it is moved aside, so that points of one budget do not hide each other."""
+    by_method = {method: [point for point in points if point["method"] == method] for method in methods}
+    alone = [(0.0, by_method[method]) for method in methods if method == "dense" and by_method[method]]
+    shown = [own for method, own in by_method.items() if own and method != "dense"]
+    step = min(6.0, 40 / max(len(shown), 1))
+    return alone + [(round((i - (len(shown) - 1) / 2) * step, 2), own) for i, own in enumerate(shown)]
+
+
+def bars(records: Sequence[Record], parts: Sequence[str]) -> Spec:
+    """Stacked shares: a bar for each `name`, cut into `part`s of `nbytes`."""
+    names = list(dict.fromkeys(record["name"] for record in records))
+    data = _Data()
+    chart = alt.Chart(data.of(records)).mark_bar()
+    lightened = alt.Scale(domain=list(parts), range=list(PART_COLOURS[: len(parts)]))
+    colour = alt.Color("part:N", scale=lightened, title=None)
+    x = alt.X("nbytes:Q", stack="normalize", axis=alt.Axis(format="%"), title="share of the serving bytes")
+    chart = chart.encode(x=x, y=alt.Y("name:N", sort=names, title=None), color=colour, tooltip=_tooltip(records))
+    return _finished(chart, data, height=18 * len(names))
+
+
+def heat(records: Sequence[Record], value: str, title: str) -> Spec:
+    """A cell for each (column, name), the darker the larger its value."""
+    columns, names = (list(dict.fromkeys(record[key] for record in records)) for key in ("column", "name"))
+    colour = alt.Color(f"{value}:Q", title=title, scale=alt.Scale(scheme="blues", domain=[0, 1]), legend=_gradient())
+    x = alt.X("column:N", sort=columns, title=None, axis=alt.Axis(labelAngle=-90))
+    data = _Data()
+    chart = alt.Chart(data.of(records)).mark_rect(stroke="#cccccc", strokeWidth=0.5)
+    chart = chart.encode(x=x, y=alt.Y("name:N", sort=names, title=None), color=colour, tooltip=_tooltip(records))
+    return _finished(chart, data, alt.Step(16), alt.Step(16))
+
+
+def reliability(records: Sequence[Record], methods: Sequence[str]) -> Spec:
+    """Observed against predicted rates by decile, with the line on which they agree."""
+    ends = [value for record in records for value in (record["predicted"], record["observed"])]
+    edge = [{"predicted": end, "observed": end} for end in (min(ends), max(ends))]
+    data = _Data()
+    ideal = alt.Chart(data.of(edge)).mark_line(color="#666666", strokeDash=[2, 3])
+    x, y = alt.X("predicted:Q", title="predicted rate"), alt.Y("observed:Q", title="observed rate")
+    measured = data.of(records)
+    lines = alt.Chart(measured).mark_line(strokeWidth=1, opacity=0.6)
+    marks = alt.Chart(measured).mark_point(filled=True, size=40, opacity=0.8)
+    shown = {record["method"] for record in records}
+    colour = _method_colour(methods, shown)
+    drawn = marks.encode(x=x, y=y, color=colour, shape=_method_shape(methods, shown), tooltip=_tooltip(records))
+    return _finished(alt.layer(ideal.encode(x=x, y=y), lines.encode(x=x, y=y, color=colour), drawn), data)
+
+
+class _Data:
+    """The records of one chart by name, so that Altair does not copy them at every step."""
+
+    def __init__(self) -> None:
+        self.sets: dict[str, list[Record]] = {}
+
+    def of(self, records: Sequence[Record]) -> alt.NamedData:
+        """A name for some records."""
+        name = f"data{len(self.sets)}"
+        self.sets[name] = list(records)
+        return alt.NamedData(name=name)
+
+
+def _tooltip(records: Sequence[Record]) -> list[alt.Tooltip]:
+    """Every value of the records, in their order."""
+    shown = []
+    for name, value in records[0].items():
+        numeric = isinstance(value, int | float) or name in ("low", "high")
+        form = "," if isinstance(value, int) else ".5~f"
+        shown.append(alt.Tooltip(f"{name}:Q", format=form) if numeric else alt.Tooltip(f"{name}:N"))
+    return shown
+
+
+def _byte_axis() -> alt.Axis:
+    return alt.Axis(labelExpr=_BYTES, labelOverlap="greedy")
+
+
+def _method_colour(methods: Sequence[str], shown: Collection[str]) -> alt.Color:
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(methods))]
+    scale = alt.Scale(domain=list(methods), range=colours)
+    return alt.Color("method:N", scale=scale, title=None, legend=_legend(methods, shown))
+
+
+def _method_shape(methods: Sequence[str], shown: Collection[str]) -> alt.Shape:
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(methods))]
+    scale = alt.Scale(domain=list(methods), range=shapes)
+    return alt.Shape("method:N", scale=scale, title=None, legend=_legend(methods, shown))
+
+
+def _legend(methods: Sequence[str], shown: Collection[str]) -> alt.Legend:
+    return alt.Legend(values=[method for method in methods if method in shown])
+
+
+def _gradient() -> alt.Legend:
+    return alt.Legend(orient="top", format=".0%", gradientLength=150)
+
+
+def _finished(chart: Any, data: _Data, width: Any = "container", height: Any = 320) -> Spec:
+    """The specification, as wide as the page lets it be, or of so many pixels a column."""
+    chart = chart.properties(width=width, height=height).configure(font="sans-serif").configure_view(stroke=None)
+    chart = chart.configure_axis(gridColor="#e5e5e5", labelLimit=200).configure_legend(
+        orient="bottom", columns=5, labelLimit=160, symbolLimit=60, symbolOpacity=1
+    )
+    spec = dict(chart.to_dict(validate=False)) | {"datasets": data.sets}
+    spec["config"]["legend"]["layout"] = {"bottom": {"direction": "vertical"}}  # Altair does not know it
+    return spec

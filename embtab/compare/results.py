@@ -1,0 +1,110 @@
+"""results.csv: a row for every cell of a sweep, read and written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embtab.compare.summary import Row
+from embtab.errors import UserError
+from embtab.files import write_text
+
+METRICS = ("auc", "logloss", "ne", "calibration", "gauc", "hr@10", "ndcg@10", "val_auc", "epochs")
+"""On the test split, but for val_auc."""
+TIMES = ("samples_per_s", "latency_us", "seconds")
+DETAILS = ("slices", "deciles", "collisions", "auc_resampled")
+"""See `embtab.compare.measure`."""
+COLUMNS = (
+    *("key", "status", "method", "budget", "precision", "seed", "budget_bytes", "nbytes", "dense_nbytes", "min_bytes"),
+    *METRICS,
+    *TIMES,
+    *("bytes_by_part", "training", "dim", "dataset", "fingerprint", "versions", "error"),
+    *DETAILS,
+)
+_TEXTS = ("key", "status", "method", "budget", "precision", "dataset", "fingerprint", "error")
+_WHOLE = ("seed", "budget_bytes", "nbytes", "dense_nbytes", "min_bytes", "dim", "epochs")
+_NESTED = ("bytes_by_part", "training", "versions", "slices", "deciles", "collisions")
+
+
+def place(row: Row) -> str:
+    """What a row is about; a new result replaces an old one of the same place."""
+    settings = json.dumps(row["training"], sort_keys=True)
+    parts = [row[name] for name in ("fingerprint", "method", "budget", "precision", "seed", "dim")]
+    return "|".join(map(str, [*parts, settings]))
+
+
+def read_results(file: Path) -> dict[str, Row]:
+    """The rows of an earlier run, by place.
+
+    Raises:
+        UserError: when the file is not a results.csv of this version.
+    """
+    if not file.exists():
+        return {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{file}: not a results.csv of this version of embtab; choose another --out")
+        rows = [{name: _parsed(name, text) for name, text in row.items()} for row in reader]
+    return {place(row): row for row in rows}
+
+
+def write_results(file: Path, rows: Sequence[Row]) -> None:
+    """Replaces the file in one step."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _printed(row[name]) for name in COLUMNS})
+    write_text(file, text.getvalue())
+
+
+def write_parquet(file: Path, rows: Sequence[Row]) -> None:
+    """The same with types; what is nested differently from row to row is JSON."""
+    columns = {}
+    for name in COLUMNS:
+        values = [row[name] for row in rows]
+        if name in _NESTED:
+            values = [None if value is None else _printed(value) for value in values]
+        columns[name] = pa.array(values, _arrow_type(name))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    write_bytes(file, sink.getvalue().to_pybytes())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content` in one step; a crash leaves the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _arrow_type(name: str) -> pa.DataType:
+    if name == "auc_resampled":
+        return pa.list_(pa.float64())
+    if name in _TEXTS or name in _NESTED:
+        return pa.string()
+    return pa.int64() if name in _WHOLE else pa.float64()
+
+
+def _printed(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _parsed(name: str, text: str) -> Any:
+    if text == "":
+        return None
+    return text if name in _TEXTS else json.loads(text)
