@@ -1,5 +1,6 @@
 """Tensor train: cores, their contraction, and what they cost."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 from embtab.errors import UserError
+from embtab.methods.base import PartInit
 from embtab.methods.tt import TensorTrain, factors, radices
 
 
@@ -75,10 +77,20 @@ def test_ids_of_num_ids_or_above_are_refused_though_the_cores_have_rows_for_them
 
 
 def test_composed_entries_start_with_exactly_the_variance_asked_for() -> None:
-    """Variances multiply over the three cores and add over both ranks."""
+    """The square of a sum over both ranks, term by term: E[xy] is E[x] E[y] unless x and y are one entry."""
     encoding = TensorTrain(16, 1000, ("1", "2", "3"), (10, 10, 10), (2, 2, 4), (7, 8))
-    stds = [part.std for part in encoding.start(0.02)]
-    assert 7 * 8 * math.prod(std**2 for std in stds) == pytest.approx(0.02**2, rel=1e-12)
+    one, two, three = encoding.start(0.02)
+    assert one.mean == 0
+
+    def product(part: PartInit, same: bool) -> float:
+        return part.mean**2 + same * part.std**2
+
+    terms = list(itertools.product(range(7), range(8)))
+    square = sum(
+        product(one, a == c) * product(two, (a, b) == (c, d)) * product(three, b == d)
+        for (a, b), (c, d) in itertools.product(terms, terms)
+    )
+    assert square == pytest.approx(0.02**2, rel=1e-12)
 
 
 @given(num_ids=st.integers(1, 2**62))
