@@ -5,7 +5,7 @@ N ids of a block   F features of a block   B bags per feature   K parts per id  
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -76,6 +76,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.all_arrays = [arrays]  # in a list, so that they stay the collection's
+        self.everyones: Callable[[Tensor], Tensor] = _own  # see Lookup.everyones
         self.features = list(features)
         self.encoding = encodings[0]
         self.widths = list(widths)
@@ -131,7 +132,7 @@ class Block(nn.Module):
         rows: Tensor = self.encoding.rows(shaped, constants | self.arrays)
         if self.training and self.encoding.adaptive:
             with torch.no_grad():
-                self.encoding.observe(ids, self.arrays)
+                self.encoding.observe(self.everyones(ids), self.arrays)
         return rows
 
     def requests(
@@ -218,6 +219,10 @@ def bases_of(plan: Plan, features: Sequence[Feature], base: Mapping[str, int]) -
     """int64 [F, K]: the offset of the table of every part."""
     encodings = [plan.encodings[feature.space] for feature in features]
     return torch.tensor([[base[name] for name in encoding.tables] for encoding in encodings], dtype=torch.int64)
+
+
+def _own(ids: Tensor) -> Tensor:
+    return ids
 
 
 def _parts(rows: Tensor) -> Tensor:

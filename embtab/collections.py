@@ -27,7 +27,6 @@ from embtab.features import Feature
 from embtab.hashing import seed_of
 from embtab.lookup import Lookup, Optimizer, Request, make_lookup
 from embtab.methods import Encoding
-from embtab.methods.base import LiveTable
 from embtab.planning import Plan
 from embtab.quantise import served
 
@@ -86,11 +85,9 @@ class _Collection(nn.Module):
             The id spaces that were reorganised.
         """
         due = {space: e for space, e in self.plan.encodings.items() if e.adaptive and step > 0 and e.due(step, epoch)}
-        moments = self.lookup.optimizer_state() if due else {}
         for space, encoding in due.items():
-            tables = {name: LiveTable(self.lookup.table(name), moments.get(name)) for name in encoding.tables}
             generator = np.random.default_rng([abs(seed_of(space, 0, self.plan.seed)), step])
-            encoding.adapt(tables, self.arrays.of(space), generator)
+            self.lookup.reorganise(encoding, self.arrays.of(space), generator)
         return list(due)
 
     @torch.no_grad()
@@ -125,6 +122,7 @@ class _Collection(nn.Module):
         self.lookup = lookup
         for block in self._each_block():
             block.set_bases(bases_of(self.plan, block.features, lookup.base))
+            block.everyones = lookup.everyones
 
     def _arranged(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The plan's features, in block order."""

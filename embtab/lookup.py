@@ -15,16 +15,18 @@ tables over processes, is in `embtab.sharding.lookup`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtab.errors import UserError
-from embtab.methods import Table
+from embtab.methods import Encoding, Table
+from embtab.methods.base import LiveTable
 from embtab.state import NamedState
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
@@ -100,6 +102,15 @@ class Lookup(NamedState):
     @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the backend's own optimizer remembers, detached, by table; empty where the optimizer is outside."""
+
+    def everyones(self, ids: Tensor) -> Tensor:
+        """The ids [N] of a batch; where several processes train these tables together, the ids of all."""
+        return ids
+
+    def reorganise(self, encoding: Encoding, arrays: Mapping[str, Tensor], generator: np.random.Generator) -> None:
+        """Lets an adaptive method change its tables, and its arrays by name, in place."""
+        moments = self.optimizer_state()
+        encoding.adapt({n: LiveTable(self.table(n), moments.get(n)) for n in encoding.tables}, arrays, generator)
 
     def set_learning_rate(self, lr: float) -> None:
         """Changes the learning rate of all tables from the next backward on.

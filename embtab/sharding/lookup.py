@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,17 +23,15 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab.errors import UserError
 from embtab.lookup import Lookup, Optimizer, Request, padded
-from embtab.methods import Table
+from embtab.methods import Encoding, Table
+from embtab.sharding.adaptive import everyones, reorganise
+from embtab.sharding.batches import Place, joined, pooled_batch, single_batch, slots_of
 from embtab.sharding.placement import Kinds, codes, sharders, sharding_plan
 from embtab.sharding.processes import first_says, whole
 from embtab.sharding.replicas import Replicas
-
-Place = tuple[int, int]
-"""A request and one of its slots, by position."""
 
 
 def torchrec_modules(
@@ -147,7 +146,7 @@ class ShardedLookup(Lookup):
         here_places: list[Place] = []
         sent: dict[str, list[tuple[Place, Request]]] = {name: [] for name in self.collections}
         for i, request in enumerate(requests):
-            for j, one in enumerate(_slots(request)):
+            for j, one in enumerate(slots_of(request)):
                 if self.table_of[one.slots[0]] in self.replicated:
                     here.append(self._rebased(one))
                     here_places.append((i, j))
@@ -156,7 +155,7 @@ class ShardedLookup(Lookup):
         for name, group in sent.items():  # all are sent before the first is waited for
             if group:
                 ask = self.collections[name]
-                batch = _pooled_batch(group) if name == "bags" else _single_batch(group)
+                batch = pooled_batch(group) if name == "bags" else single_batch(group)
                 waiting.append((name, [place for place, _ in group], ask(batch)))
         for (i, j), answer in zip(here_places, self.replicas(here), strict=True):
             answers[i][j] = answer
@@ -166,7 +165,7 @@ class ShardedLookup(Lookup):
             for i, j in places:
                 one = found[requests[i].slots[j]]
                 answers[i][j] = self._finished(one if name == "bags" else one.values(), requests[i], j)
-        return [_cat(answer) for answer in answers]
+        return [joined(answer) for answer in answers]
 
     def _collection(self, one: Request) -> str:
         if one.lengths is None:
@@ -225,14 +224,17 @@ class ShardedLookup(Lookup):
     def gathered(self) -> dict[str, Tensor]:
         """The state dict with tables in full, without padding, on every process; called by all of them."""
         tables, moments = self.named_state(), self.optimizer_state()
-        found = {}
-        for name, table in self.tables.items():
-            size = (table.num_rows, padded(table.width))
-            found[name] = whole(tables[name], size)[:, : table.width]
-            if self.optimizer.name == "adagrad":
-                found[f"{name}.optimizer"] = whole(moments.get(name), size)[:, : table.width]
-            elif self.optimizer.name == "rowwise_adagrad":
-                found[f"{name}.optimizer"] = whole(moments.get(name), size[:1])
+        return {key: value for name in self.tables for key, value in self._whole(name, tables, moments).items()}
+
+    def _whole(self, name: str, tables: Mapping[str, Any], moments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A table in full and what the optimizer remembers of it, as in a state dict."""
+        table = self.tables[name]
+        size = (table.num_rows, padded(table.width))
+        found = {name: whole(tables[name], size)[:, : table.width]}
+        if self.optimizer.name == "adagrad":
+            found[f"{name}.optimizer"] = whole(moments.get(name), size)[:, : table.width]
+        elif self.optimizer.name == "rowwise_adagrad":
+            found[f"{name}.optimizer"] = whole(moments.get(name), size[:1])
         return found
 
     @torch.no_grad()
@@ -260,6 +262,20 @@ class ShardedLookup(Lookup):
             inner.copy_(part)
         return True
 
+    def everyones(self, ids: Tensor) -> Tensor:
+        """The ids of all processes; called by all of them."""
+        return everyones(ids)
+
+    def reorganise(self, encoding: Encoding, arrays: Mapping[str, Tensor], generator: np.random.Generator) -> None:
+        """Rank 0 gathers the tables and reorganises them, and every process takes its part of them."""
+        tables, moments = self.named_state(), self.optimizer_state()
+        whole = {key: value for name in encoding.tables for key, value in self._whole(name, tables, moments).items()}
+        reorganise(encoding, whole, arrays, generator)
+        for name in dict.fromkeys(encoding.tables):
+            self.assign(tables[name], whole[name])
+            if name in moments:
+                self.assign(moments[name], whole[f"{name}.optimizer"])
+
     def set_learning_rate(self, lr: float) -> None:
         """Changes the learning rate of all tables from the next backward on."""
         self.optimizer = Optimizer(self.optimizer.name, lr, self.optimizer.eps)
@@ -272,47 +288,3 @@ class ShardedLookup(Lookup):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedLookup:
         """Ignores `.to(device)`: the tables were made where they belong."""
         return self
-
-
-def _slots(request: Request) -> Iterator[Request]:
-    """One request per slot."""
-    sizes, count = list(request.sizes), len(request.slots)
-    rows = request.rows.split(sizes)
-    lengths = [None] * count if request.lengths is None else request.lengths.view(count, -1).unbind()
-    weights = [None] * count if request.weights is None else request.weights.split(sizes)
-    for name, row, length, weight, size in zip(request.slots, rows, lengths, weights, sizes, strict=True):
-        yield Request(request.width, row, length, weight, (name,), (size,))
-
-
-def _pooled_batch(group: Sequence[tuple[Place, Request]]) -> KeyedJaggedTensor:
-    """The bags of some slots."""
-    asked = [one for _, one in group]
-    weights = None
-    if any(one.weights is not None for one in asked):
-        weights = torch.cat([torch.ones(len(r.rows), device=r.rows.device) if r.weights is None else r.weights.float()
-                             for r in asked])  # fmt: skip
-    return KeyedJaggedTensor(
-        [one.slots[0] for one in asked],
-        torch.cat([one.rows for one in asked]),
-        weights=weights,
-        lengths=torch.cat([one.lengths for one in asked if one.lengths is not None]),
-        length_per_key=[one.sizes[0] for one in asked],
-    )
-
-
-def _single_batch(group: Sequence[tuple[Place, Request]]) -> KeyedJaggedTensor:
-    """The ids of some slots, as one bag each: bags mean nothing to an EmbeddingCollection."""
-    asked = [one for _, one in group]
-    sizes = [one.sizes[0] for one in asked]
-    return KeyedJaggedTensor(
-        [one.slots[0] for one in asked],
-        torch.cat([one.rows for one in asked]),
-        lengths=torch.tensor(sizes, device=asked[0].rows.device),
-        length_per_key=sizes,
-        stride=1,
-    )
-
-
-def _cat(parts: Sequence[Tensor | None]) -> Tensor:
-    whole = [part for part in parts if part is not None]
-    return whole[0] if len(whole) == 1 else torch.cat(whole)

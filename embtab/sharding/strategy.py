@@ -175,19 +175,13 @@ def shard(collection: Collection, asked: str | Mapping[str, str], device: torch.
         device: of this process.
 
     Raises:
-        UserError: for another backend, an adaptive method, or a plan that cannot be.
+        UserError: for another backend, or a plan that cannot be.
     """
     if not isinstance(collection.lookup, FbgemmLookup):
         raise UserError(
             "tables of the torch backend are trained by the outer optimizer, which sharded tables cannot be; use "
             'backend="fbgemm" with optimizer=embtab.Optimizer(...)'
         )
-    for space, encoding in collection.plan.encodings.items():
-        if encoding.adaptive:
-            raise UserError(
-                f"feature {space!r}: method {encoding.method!r} reorganises whole tables while it trains and cannot be "
-                "sharded; train it in one process, or choose another method"
-            )
     tables, optimizer = list(collection.plan.tables.values()), collection.lookup.optimizer
     bags, ids = slots(collection.plan, type(collection))
     sharded = ShardedLookup(tables, bags, ids, kinds(tables, asked, optimizer), optimizer, device)
