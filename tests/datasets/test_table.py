@@ -238,8 +238,9 @@ def test_many_files_in_folders_equal_one(tmp_path, by):
     for part in (2, 10):
         first = 0 if part == 2 else 25
         write_parquet(tmp_path / f"raw/day={part}/part-0.parquet", rows[first : 25 if part == 2 else None], group=4)
+    write_parquet(tmp_path / "raw/_temporary/part-1.parquet", rows)
+    write_parquet(tmp_path / "raw/.old.parquet", rows)
     (tmp_path / "raw/_SUCCESS").write_text("")
-    (tmp_path / "raw/.part.parquet.crc").write_text("x")
     assert prepared(tmp_path / "many", [tmp_path / "raw"], split=split).fingerprint == one.fingerprint
     assert [one.rows(s) for s in ("train", "valid", "test")] == [36, 12, 12]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["dataset.json", "test", "train", "valid", "vocab"]

@@ -10,7 +10,7 @@ import yaml
 from embtab.cli import main
 from embtab.datasets import table
 from embtab.datasets.roles_file import read_roles
-from embtab.errors import DataError, UserError
+from embtab.errors import UserError
 
 SCHEMA = pa.schema(
     {
@@ -266,9 +266,12 @@ def test_raw_ids_that_no_table_could_hold(tmp_path):
     assert message == f"column 'n': raw ids up to {2**40} are too large; leave raw out to number them"
 
 
-def test_rows_of_one_moment_are_not_torn_apart(tmp_path):
-    with pytest.raises(DataError, match="too many rows are of one moment"):
-        table.prepare([parquet(tmp_path / "a.parquet", "t", 5, pa.int64())], tmp_path / "out", roles=roles_in(tmp_path))
+@pytest.mark.parametrize("times", [[5] * 12, [0, 1, 2, 3, 4, 5, 9, 9, 9, 9, 9, 9]])
+def test_rows_of_one_moment_are_not_torn_apart(tmp_path, times):
+    timed = [row | {"t": time} for row, time in zip(rows(), times, strict=True)]
+    pq.write_table(pa.Table.from_pylist(timed, SCHEMA), tmp_path / "a.parquet")
+    split = {"by": "time", "valid": 0.2, "test": 0.2}
+    assert "too many rows are of one moment" in refusal(tmp_path, [tmp_path / "a.parquet"], split=split)
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
