@@ -1,1 +1,20 @@
 """Tables that learn their own shape while they are trained, within a byte budget."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embtab.learned.registry import LEARNED
+    from embtab.learned.search import Result, run
+
+_HOMES = {"LEARNED": "registry", "Result": "search", "run": "search"}
+
+__all__ = ["LEARNED", "Result", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embtab.learned' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"embtab.learned.{_HOMES[name]}"), name)

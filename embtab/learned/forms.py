@@ -36,7 +36,7 @@ def smallest(space: Feature, mask: np.ndarray, spec: Spec) -> Solution:
         mask: bool [num_ids, D].
         spec: dimension and precision.
     """
-    rows = mask.any(axis=1)
+    rows = np.asarray(mask.any(axis=1))
     kept = int(np.count_nonzero(rows))
     if not kept:
         return pruned_solution(space, 1, 1, None, spec)

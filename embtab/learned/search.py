@@ -1,0 +1,272 @@
+"""One search from its settings to tables that are physically smaller, measured and written down."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from embtab.bundle import save as save_bundle
+from embtab.collections import EmbeddingBagCollection
+from embtab.compare.sweep import Sweep
+from embtab.errors import UserError
+from embtab.files import write_text
+from embtab.learned.forms import compacted, largest_within, plan_of
+from embtab.learned.method import Found, Lab, Learned, tensors
+from embtab.learned.registry import make
+from embtab.learned.stages import Stages, State
+from embtab.learned.supernet import Gate, Masked, joined
+from embtab.learned.training import Data, Training, measure
+from embtab.methods import Spec
+from embtab.planning import MethodSpec, Plan
+from embtab.sizes import parse_bytes
+
+
+@dataclass
+class Result:
+    """What a search came to.
+
+    Args:
+        plan: the shape; its bytes never exceed the budget.
+        tables: with the values that serving reads, in the precision asked for.
+        model: the ranker trained with them.
+        metrics: auc, logloss, ne, calibration (and gauc) on the test split; val_auc; epochs of the last training.
+        search_seconds: of everything before the last training: supernet, pruning, evolution.
+        seconds: of all stages, the last training included; the dense reference is not.
+        trained_samples: samples that all stages trained on.
+        evaluated_samples: samples that all stages looked at to choose.
+        training_nbytes: the most bytes that tables, their optimizer's memory and the gate took in any stage.
+        dense: the reference's metrics, seconds and trained_samples; None where it was not asked for.
+        archive: every shape that was measured; `pareto` says that none is both smaller and better.
+    """
+
+    plan: Plan
+    tables: EmbeddingBagCollection
+    model: torch.nn.Module
+    metrics: dict[str, float]
+    search_seconds: float
+    seconds: float
+    trained_samples: int
+    evaluated_samples: int
+    training_nbytes: int
+    dense: dict[str, Any] | None
+    archive: list[dict[str, Any]]
+
+    def cost(self) -> dict[str, Any]:
+        """Seconds and samples; as multiples of the dense training too, where that was measured."""
+        found: dict[str, Any] = {
+            "search_seconds": self.search_seconds,
+            "seconds": self.seconds,
+            "trained_samples": self.trained_samples,
+            "evaluated_samples": self.evaluated_samples,
+            "training_nbytes": self.training_nbytes,
+        }
+        if self.dense is not None:
+            found["dense_seconds"] = self.dense["seconds"]
+            found["seconds_in_dense_trainings"] = self.seconds / self.dense["seconds"]
+            found["samples_in_dense_trainings"] = self.trained_samples / self.dense["trained_samples"]
+        return found
+
+
+def run(
+    sweep: Sweep,
+    method: MethodSpec,
+    budget: int | float | str,
+    seed: int = 0,
+    precision: str = "fp32",
+    folder: Path | None = None,
+    title: str | None = None,
+    reference: bool = False,
+) -> Result:
+    """Searches, retrains, and measures what will be served.
+
+    Args:
+        sweep: the settings of training: data, dim, model, epochs, ...; its methods, budgets and seeds are not used.
+        method: a name of `embtab.learned.LEARNED`, or {"name": ..., options}.
+        budget: serving bytes: 8_000_000, "8MB", "0.1x" (of the dense tables).
+        seed: of everything drawn.
+        precision: of the served rows; the search counts bytes in it.
+        folder: where stages and artefacts are kept, so that a second call goes on from the first; none if None.
+        title: of the progress on stderr; silent if None.
+        reference: also train dense tables, once, to state the cost in multiples of it.
+
+    Raises:
+        InfeasibleBudget: when the method's smallest shape does not fit.
+        UserError: for settings that make no sense, data that lacks what the method needs, or a folder that holds
+            another search.
+    """
+    torch.set_num_threads(1)  # a result does not depend on how many runs share the machine
+    learned = make(method)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        lab = _lab(sweep, learned, budget, seed, precision, Path(place), title)
+        dense = _reference(lab) if reference else None
+        found = learned.search(lab)
+        training, plan, tables = _served(lab, found)
+        result = _measured(lab, training, plan, tables, dense)
+        if folder is not None:
+            _write(folder, lab, found, result)
+    return result
+
+
+def _lab(
+    sweep: Sweep, learned: Learned, budget: Any, seed: int, precision: str, folder: Path, title: str | None
+) -> Lab:
+    """Everything that is known before the first stage, checked."""
+    spec = Spec(sweep.dim, seed, precision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = Data(sweep, seed, device)
+    lab = Lab(sweep, data, spec, 0, seed, Stages(folder), title)
+    lab.budget = parse_bytes(budget, sum(Spec(sweep.dim).dense_bytes(space) for space in lab.spaces))
+    learned.check(lab)
+    nothing = {space.name: np.full((space.num_ids, sweep.dim), -np.inf) for space in lab.spaces}
+    largest_within(lab.spaces, nothing, lab.budget, spec, learned.name)  # which no search can make smaller
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, sweep, learned, lab, precision)
+    return lab
+
+
+def _claim(folder: Path, sweep: Sweep, learned: Learned, lab: Lab, precision: str) -> None:
+    """Writes the settings down, or compares them with those that are there.
+
+    Raises:
+        UserError: when the folder holds another search.
+    """
+    settings = {
+        "method": learned.name,
+        "options": dataclasses.asdict(learned),  # type: ignore[call-overload]
+        "budget": lab.budget,
+        "precision": precision,
+        "seed": lab.seed,
+        "dim": sweep.dim,
+        "training": sweep.training,
+        "fingerprint": lab.data.dataset.fingerprint,
+    }
+    settings = json.loads(json.dumps(settings))
+    file = folder / "search.json"
+    if not file.exists():
+        versions = {name: version(name) for name in ("embtab", "torch", "torchrec", "fbgemm-gpu")}
+        write_text(file, _json({**settings, "versions": versions}))
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"{folder}: holds a search whose {name} was {there.get(name)!r} and is now {value!r}; choose another "
+                "folder, or remove this one"
+            )
+
+
+def _reference(lab: Lab) -> dict[str, Any]:
+    """One dense training with the same settings."""
+    training = Training(lab.sweep, lab.data, Gate(), lab.seed)
+    peak = lab.peak
+    state = lab.trained("dense", training, lab.sweep.epochs, lab.sweep.patience)
+    lab.peak = peak
+    cost = state["cost"]
+    tested = lab.stages.run("dense-test", lambda save, resumed: dict(training.evaluate("test")))
+    return {"metrics": tested, "seconds": cost["seconds"], "trained_samples": cost["trained"]}
+
+
+def _served(lab: Lab, found: Found) -> tuple[Training, Plan, EmbeddingBagCollection]:
+    """Trains with the mask as it is, and gives the tables that are left of it."""
+    training = Training(lab.sweep, lab.data, Masked(joined(found.masks)), lab.seed)
+    if found.start is not None:
+        training.load_weights(_without_gate(found.start))
+        training.keep_start = True
+    epochs = lab.sweep.epochs if found.retrain else 0
+    lab.trained("retrain", training, epochs, lab.sweep.patience)
+    plan = plan_of(lab.data.features, found.masks, lab.spec, lab.budget)
+    if plan.nbytes > lab.budget:
+        raise AssertionError(f"found {plan.nbytes} bytes for a budget of {lab.budget}; please report this")
+    rows = {name: each.cpu() for name, each in training.tables.rows().items()}
+    tables = compacted(plan, found.masks, rows)
+    tables.round_to_served()
+    return training, plan, tables.to(lab.data.device)
+
+
+def _without_gate(start: State) -> State:
+    return start | {"tables": {k: value for k, value in start["tables"].items() if not k.startswith("gate.")}}
+
+
+def _measured(
+    lab: Lab, training: Training, plan: Plan, tables: EmbeddingBagCollection, dense: dict[str, Any] | None
+) -> Result:
+    """The test split, and what it all cost."""
+    metrics = measure(tables, training.model, lab.data, "test")
+    metrics |= {"val_auc": max(each["auc"] for each in training.history), "epochs": training.epoch}
+    costs = {name: state["cost"] for name, state in lab.stages.done.items() if "cost" in state and name != "dense"}
+    lab.archive.append(
+        {"stage": "retrain", "nbytes": plan.nbytes, "auc": metrics["val_auc"]}
+        | {"logloss": min(training.history, key=lambda each: -each["auc"])["logloss"]}
+    )
+    return Result(
+        plan,
+        tables,
+        training.model,
+        metrics,
+        search_seconds=sum(cost["seconds"] for name, cost in costs.items() if name != "retrain"),
+        seconds=sum(cost["seconds"] for cost in costs.values()),
+        trained_samples=sum(cost["trained"] for cost in costs.values()),
+        evaluated_samples=sum(cost["evaluated"] for cost in costs.values()),
+        training_nbytes=lab.peak,
+        dense=dense,
+        archive=with_pareto(lab.archive),
+    )
+
+
+def with_pareto(archive: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The archive with `pareto`: no other shape has at most the bytes and a higher auc, or fewer and no lower one."""
+
+    def beaten(one: Mapping[str, Any]) -> bool:
+        return any(
+            other["nbytes"] <= one["nbytes"]
+            and other["auc"] >= one["auc"]
+            and (other["nbytes"] < one["nbytes"] or other["auc"] > one["auc"])
+            for other in archive
+        )
+
+    return [{**each, "pareto": not beaten(each)} for each in archive]
+
+
+def _write(folder: Path, lab: Lab, found: Found, result: Result) -> None:
+    """The artefacts. All but cost.json and the bundle's date are the same, byte for byte, for the same settings."""
+    save_file(tensors(found.masks), folder / "masks.safetensors")
+    write_text(folder / "plan.json", _json(result.plan.to_dict()))
+    write_text(folder / "archive.json", _json(result.archive))
+    write_text(folder / "archive.csv", _csv(result.archive))
+    write_text(folder / "cost.json", _json(result.cost()))
+    dense = None if result.dense is None else result.dense["metrics"]
+    about = {"nbytes": result.plan.nbytes, "budget": lab.budget, "dense_nbytes": result.plan.dense_nbytes}
+    write_text(folder / "result.json", _json(about | {"metrics": result.metrics, "dense": dense, "found": found.about}))
+    save_bundle(
+        result.tables,
+        folder / "bundle",
+        quality=result.metrics,
+        provenance={"dataset": lab.data.dataset.name, "fingerprint": lab.data.dataset.fingerprint},
+        overwrite=True,
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows({name: json.dumps(v) if isinstance(v, dict) else v for name, v in row.items()} for row in rows)
+    return text.getvalue()

@@ -1,0 +1,259 @@
+"""Training as every stage does it: epochs over the training split, the best of them by validation AUC.
+
+A plain loop, so that a method can take part in each step: what it makes of dense tables is, number by number, what
+`embtab fit` and `embtab compare` make of them. Between two epochs all of it can be written down, and goes on from it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from embtab.collections import EmbeddingBagCollection
+from embtab.compare.sweep import Sweep
+from embtab.compare.train import make_model
+from embtab.datasets.reader import Batch, ParquetBatches
+from embtab.datasets.schema import Dataset
+from embtab.errors import UserError
+from embtab.features import read_features
+from embtab.learned.stages import State
+from embtab.learned.supernet import Gate, Supernet
+from embtab.lookup import Optimizer
+from embtab.training.metrics import evaluate
+
+
+class Data:
+    """The splits of a prepared dataset, in batches on a device.
+
+    Args:
+        sweep: its data and batch size.
+        seed: of the shuffle.
+        device: of the batches.
+
+    Raises:
+        DataError: when the folder is no prepared dataset.
+        UserError: when the validation split has rows of one class only, so that nothing can be chosen by it.
+    """
+
+    def __init__(self, sweep: Sweep, seed: int, device: torch.device) -> None:
+        self.path, self.batch_size, self.seed, self.device = Path(sweep.data), sweep.batch_size, seed, device
+        self.dataset = Dataset.load(self.path)
+        self.features = read_features(self.path)
+        labels = {float(value) for batch in self.batches("valid") for value in batch.label.unique()}
+        if len(labels) < 2:
+            only = "no rows" if not labels else f"only rows of label {labels.pop():g}"
+            raise UserError(
+                f"{self.path}: the validation split has {only}, so it has no AUC to search by; prepare the data with "
+                "another split"
+            )
+
+    def batches(self, split: str, epoch: int | None = None) -> Iterator[Batch]:
+        """The batches of a split; in the file's order, or shuffled as of an epoch."""
+        stream = ParquetBatches(self.path, split, self.batch_size, shuffle=epoch is not None, seed=self.seed)
+        stream.set_epoch(epoch or 0)
+        for batch in stream:
+            yield batch.to(self.device)
+
+    def rows(self, split: str) -> int:
+        """How many there are."""
+        return self.dataset.rows(split)
+
+
+class Training:
+    """A supernet and a ranker in training. Methods override `before`, `step` and `enough`.
+
+    Args:
+        sweep: the settings.
+        data: the splits.
+        gate: the method's.
+        seed: of first values and everything drawn later.
+    """
+
+    def __init__(self, sweep: Sweep, data: Data, gate: Gate, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.data = data
+        optimizer = Optimizer(sweep.table_optimizer, sweep.table_lr)
+        self.tables = Supernet(data.features, sweep.dim, gate, optimizer, sweep.init_std, data.device)
+        self.model = make_model(sweep, len(data.dataset.dense), len(data.features)).to(data.device)
+        adam = torch.optim.Adam(self.model.parameters(), lr=sweep.lr, weight_decay=sweep.weight_decay)
+        self.optimizers: list[torch.optim.Optimizer] = [adam, *self.tables.gate.optimizers()]
+        self.epoch = 0
+        self.steps = 0
+        self.cost = {"seconds": 0.0, "trained": 0, "evaluated": 0}
+        self.history: list[dict[str, float]] = []
+        self.best: State | None = None
+        self.keep_start = False
+        """Whether the weights at the start count as an epoch, so that training on can only help on validation."""
+
+    @property
+    def gate(self) -> Any:
+        """The method's."""
+        return self.tables.gate
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B], of a click."""
+        return self.model(batch.dense, self.tables.vectors(batch.sparse))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean binary cross entropy in nats."""
+        return F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+
+    def before(self) -> None:
+        """What happens before a step, `self.steps` being those done."""
+
+    def step(self, batch: Batch) -> float:
+        """One step on a batch of the training split; gives the loss without any penalty."""
+        loss, penalty = self.loss(batch), self.gate.penalty()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        (loss if penalty is None else loss + penalty).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss.item()
+
+    def enough(self) -> bool:
+        """Whether the search has what it wanted, looked at after every step."""
+        return False
+
+    def extra(self) -> State:
+        """What a method must remember between epochs, beyond gate and optimizers."""
+        return {}
+
+    def load_extra(self, state: State) -> None:
+        """Takes it up again."""
+
+    def steps_per_epoch(self) -> int:
+        """Batches of the training split."""
+        return -(-self.data.rows("train") // self.data.batch_size)
+
+    def fit(
+        self,
+        epochs: int,
+        patience: int | None,
+        save: Callable[[State], None],
+        resumed: State | None,
+        title: str | None = None,
+    ) -> None:
+        """Trains, and keeps the epoch of the highest validation AUC.
+
+        Args:
+            epochs: at most.
+            patience: epochs without improvement before it stops; None to go on, and to keep the last epoch.
+            save: called with the whole state after every epoch.
+            resumed: a state to go on from.
+            title: of the progress on stderr; silent if None.
+
+        Raises:
+            UserError: when a loss is not finite.
+        """
+        if resumed is not None:
+            self.load(resumed)
+        if self.keep_start and not self.history:
+            self.history, self.best = [self.evaluate("valid")], self.weights()
+        while self.epoch < epochs and not self._waited(patience) and not self.enough():
+            started = time.perf_counter()
+            self._epoch(title)
+            measured = self.evaluate("valid")
+            if patience is not None and measured["auc"] > max((h["auc"] for h in self.history), default=-1.0):
+                self.best = self.weights()
+            self.history.append(measured)
+            self.cost["seconds"] += time.perf_counter() - started
+            if title is not None:
+                print(f"{title}: epoch {self.epoch}  val auc {measured['auc']:.5f}", file=sys.stderr, flush=True)
+            save(self.state())
+        if self.best is not None:
+            self.load_weights(self.best)
+
+    def _waited(self, patience: int | None) -> bool:
+        if patience is None or not self.history:
+            return False
+        aucs = [h["auc"] for h in self.history]
+        return len(aucs) - 1 - int(np.argmax(aucs)) >= patience
+
+    def _epoch(self, title: str | None) -> None:
+        self.model.train()
+        self.tables.train()
+        shown = title is not None and sys.stderr.isatty()
+        bar = tqdm(total=self.steps_per_epoch(), desc=f"{title} {self.epoch}", file=sys.stderr, disable=not shown)
+        for batch in self.data.batches("train", self.epoch):
+            self.before()
+            loss = self.step(batch)
+            if not np.isfinite(loss):
+                raise UserError(
+                    f"the training loss became {loss} at step {self.steps} (epoch {self.epoch}); lower lr or table_lr, "
+                    "or look for huge values in the dense columns"
+                )
+            self.steps += 1
+            self.cost["trained"] += len(batch)
+            bar.update()
+            if self.enough():
+                break
+        bar.close()
+        self.epoch += 1
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """All metrics of a split."""
+        self.cost["evaluated"] += self.data.rows(split)
+        return measure(self.tables, self.model, self.data, split)
+
+    def weights(self) -> State:
+        """Tables (with what their optimizer remembers), gate and ranker, copied."""
+        return {
+            "tables": {name: value.clone() for name, value in self.tables.state_dict().items()},
+            "model": {name: value.clone() for name, value in self.model.state_dict().items()},
+        }
+
+    def load_weights(self, weights: State) -> None:
+        """Takes them up; those of another gate are left aside."""
+        mine = self.tables.state_dict()
+        gate = {name: value for name, value in mine.items() if name.startswith("gate.")}
+        tables = {name: value for name, value in weights["tables"].items() if not name.startswith("gate.")}
+        theirs = {name: weights["tables"].get(name, value) for name, value in gate.items()}
+        self.tables.load_state_dict(tables | theirs)
+        self.model.load_state_dict(weights["model"])
+
+    def state(self) -> State:
+        """Everything that decides how it goes on."""
+        return {
+            **self.weights(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "random": torch.get_rng_state(),
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "cost": dict(self.cost),
+            "history": list(self.history),
+            "best": self.best,
+            "extra": self.extra(),
+        }
+
+    def load(self, state: State) -> None:
+        """Goes on from a state."""
+        self.load_weights(state)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["random"])
+        self.epoch, self.steps = state["epoch"], state["steps"]
+        self.cost, self.history, self.best = dict(state["cost"]), list(state["history"]), state["best"]
+        self.load_extra(state["extra"])
+
+
+@torch.no_grad()
+def measure(tables: EmbeddingBagCollection, model: torch.nn.Module, data: Data, split: str) -> dict[str, float]:
+    """All metrics of tables and a ranker on a split."""
+    tables.eval()
+    model.eval()
+    logits, labels, users = [], [], []
+    for batch in data.batches(split):
+        logits.append(model(batch.dense, tables.vectors(batch.sparse)).float().cpu().numpy())
+        labels.append(batch.label.cpu().numpy())
+        users += [] if batch.user is None else [batch.user.cpu().numpy()]
+    return evaluate(np.concatenate(labels), np.concatenate(logits), np.concatenate(users) if users else None)
