@@ -29,6 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtab.errors import UserError
+from embtab.models.layers import Linear
+
+CHUNK = 512  # rows whose attention is computed at a time on a CPU: what they need stays in its caches
 
 
 class InteractingLayer(nn.Module):
@@ -48,26 +51,33 @@ class InteractingLayer(nn.Module):
             raise UserError(f"attention_dim {out_dim} must be a positive multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.scale = (out_dim // num_heads) ** -0.5 if use_scale else 1.0
-        # Four matrices rather than one fused: measured 1.1 to 1.2 times faster, as no result has to be cut up.
-        self.query = nn.Linear(in_dim, out_dim, bias=False)
-        self.key = nn.Linear(in_dim, out_dim, bias=False)
-        self.value = nn.Linear(in_dim, out_dim, bias=False)
-        self.residual = nn.Linear(in_dim, out_dim, bias=False)
+        # Four matrices rather than one fused: no slower, and heads are cut out of each without a copy.
+        self.query = Linear(in_dim, out_dim, bias=False)
+        self.key = Linear(in_dim, out_dim, bias=False)
+        self.value = Linear(in_dim, out_dim, bias=False)
+        self.residual = Linear(in_dim, out_dim, bias=False)
         self.norm = nn.LayerNorm(out_dim) if layer_norm else nn.Identity()
         for linear in (self.query, self.key, self.value, self.residual):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, x_bfd: Tensor) -> Tensor:
         """Lets every field look at every field: float [b, f, in_dim] -> float [b, f, out_dim]."""
-        q_bhfw, k_bhfw, v_bhfw = (self._heads(linear(x_bfd)) for linear in (self.query, self.key, self.value))
-        seen_bhfw = F.scaled_dot_product_attention(q_bhfw, k_bhfw, v_bhfw, scale=self.scale)
-        seen_bfd = seen_bhfw.transpose(1, 2).flatten(2)
-        out: Tensor = self.norm(F.relu(seen_bfd + self.residual(x_bfd)))
+        q, k, v = (self._heads(layer(x_bfd)) for layer in (self.query, self.key, self.value))
+        seen = [_attend(q_bfw * self.scale, k_bfw, v_bfw) for q_bfw, k_bfw, v_bfw in zip(q, k, v, strict=True)]
+        out: Tensor = self.norm(F.relu(torch.cat(seen, dim=-1) + self.residual(x_bfd)))
         return out
 
-    def _heads(self, x_bfd: Tensor) -> Tensor:
-        x_bfhw: Tensor = x_bfd.unflatten(-1, (self.num_heads, -1))
-        return x_bfhw.transpose(1, 2)
+    def _heads(self, x_bfd: Tensor) -> Sequence[Tensor]:
+        return x_bfd.chunk(self.num_heads, dim=-1)
+
+
+def _attend(q_bfw: Tensor, k_bfw: Tensor, v_bfw: Tensor) -> Tensor:
+    """Attention of one head, written out: for some forty fields it is quicker than the kernels made for long sequences.
+
+    Measured on a CPU, 39 fields, heads of 16, forward and backward: 0.82 of scaled_dot_product_attention's time.
+    """
+    weights_bff = torch.bmm(q_bfw, k_bfw.transpose(1, 2)).softmax(-1)
+    return torch.bmm(weights_bff, v_bfw)
 
 
 class AutoInt(nn.Module):
@@ -78,7 +88,7 @@ class AutoInt(nn.Module):
         num_features: number of categorical fields.
         dim: embedding dimension.
         attention_dim: width of an attention layer's output, all heads together; a multiple of `num_heads`.
-        num_layers: number of attention layers; 0 leaves a linear layer over the fields and the DNN, the cheapest ranker.
+        num_layers: number of attention layers; 0 leaves a linear layer over the fields and the DNN, the cheapest.
         num_heads: number of heads of each.
         dnn: widths of the DNN's hidden layers; empty for plain AutoInt.
         dropout: share of the DNN's hidden activations dropped while training.
@@ -116,7 +126,7 @@ class AutoInt(nn.Module):
         self.attention = nn.Sequential(
             *(InteractingLayer(a, b, num_heads, use_scale, layer_norm) for a, b in pairwise(widths))
         )
-        self.logit = _glorot(nn.Linear(num_fields * widths[-1], 1))
+        self.logit = _glorot(Linear(num_fields * widths[-1], 1))
         self.dnn = _tower(num_fields * dim, dnn, dropout) if dnn else None
 
     def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:
@@ -131,21 +141,27 @@ class AutoInt(nn.Module):
         """
         numeric_bnd = dense.unsqueeze(-1) * self.numeric
         fields_bfd = torch.cat([numeric_bnd, embeddings], dim=1)
-        logits: Tensor = self.logit(self.attention(fields_bfd).flatten(1))
+        logits: Tensor = self.logit(self._attended(fields_bfd).flatten(1))
         if self.dnn is not None:
             logits = logits + self.dnn(fields_bfd.flatten(1))
         return logits.squeeze(-1)
+
+    def _attended(self, fields_bfd: Tensor) -> Tensor:
+        if fields_bfd.device.type != "cpu" or torch.compiler.is_compiling() or len(fields_bfd) <= CHUNK:
+            attended: Tensor = self.attention(fields_bfd)
+            return attended
+        return torch.cat([self.attention(rows_bfd) for rows_bfd in fields_bfd.split(CHUNK)])
 
 
 def _tower(in_dim: int, widths: Sequence[int], dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in widths:
-        layers += [_glorot(nn.Linear(in_dim, width)), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [_glorot(Linear(in_dim, width)), nn.ReLU(), nn.Dropout(dropout)]
         in_dim = width
-    return nn.Sequential(*layers, _glorot(nn.Linear(in_dim, 1)))
+    return nn.Sequential(*layers, _glorot(Linear(in_dim, 1)))
 
 
-def _glorot(linear: nn.Linear) -> nn.Linear:
+def _glorot(linear: Linear) -> Linear:
     nn.init.xavier_normal_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

@@ -21,12 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtab.errors import UserError
 from embtab.models.events import Events, segment_softmax, segment_sum
-from embtab.models.layers import Head, activation, mlp
+from embtab.models.layers import Head, Linear, activation, linear, mlp
 
 
 class ActivationUnit(nn.Module):
@@ -42,15 +41,15 @@ class ActivationUnit(nn.Module):
         super().__init__()
         if not hidden:
             raise UserError("the activation unit of DIN needs a hidden layer")
-        self.first = nn.Linear(4 * width, hidden[0])
+        self.first = Linear(4 * width, hidden[0])
         self.rest = nn.Sequential(activation(act, hidden[0]), *mlp(hidden[0], hidden[1:], act))
 
     def forward(self, target_be: Tensor, history_ne: Tensor, owner_n: Tensor) -> Tensor:
         """Scores [N] of events [N, E] that belong to the targets [B, E] named by `owner_n` (int64 [N])."""
         of_q, of_k, of_difference, of_product = self.first.weight.chunk(4, dim=1)
-        per_row = F.linear(target_be, of_q + of_difference, self.first.bias)
-        per_event = F.linear(history_ne, of_k - of_difference)
-        product = F.linear(target_be[owner_n] * history_ne, of_product)
+        per_row = linear(target_be, of_q + of_difference, self.first.bias)
+        per_event = linear(history_ne, of_k - of_difference)
+        product = linear(target_be[owner_n] * history_ne, of_product)
         scores: Tensor = self.rest(per_row[owner_n] + per_event + product)
         return scores.squeeze(-1)
 
