@@ -22,6 +22,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embtab.blocks import Arrays, Block, bases_of, make_blocks, per_bag, pieces_of
+from embtab.drawing import Draw, Unmade, generator
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import seed_of
@@ -44,7 +45,9 @@ class _Collection(nn.Module):
     ) -> None:
         super().__init__()
         self.plan = plan
-        self.lookup = make_lookup(list(plan.tables.values()), backend, device, optimizer)
+        tables, later = list(plan.tables.values()), backend == "fbgemm" and torch.device(device).type == "meta"
+        device = "cpu" if later else device
+        self.lookup: Lookup = Unmade(tables, optimizer) if later else make_lookup(tables, backend, device, optimizer)
         self.arrays = Arrays(plan.encodings, device)
         self.blocks = nn.ModuleList(make_blocks(plan, self.lookup.base, self.arrays)).to(device)
         self.order = [feature.name for block in self._each_block() for feature in block.features]
@@ -56,18 +59,36 @@ class _Collection(nn.Module):
             yield block
 
     @torch.no_grad()
-    def init(self, std: float) -> None:
-        """Draws every table anew: zero mean, and composed vectors of standard deviation `std` whatever the method."""
+    def init(self, std: float, seed: int | None = None) -> None:
+        """Draws every table anew: zero mean, and composed vectors of standard deviation `std` whatever the method.
+
+        Args:
+            std: standard deviation of the entries of composed vectors.
+            seed: makes every row a function of seed, table and row number, for tables in one piece and spread ones
+                alike. If None, torch's global generator gives the numbers; or the seed, on the meta device.
+        """
+        starts = {
+            name: start
+            for encoding in self.plan.encodings.values()
+            for name, start in zip(encoding.tables, encoding.start(std), strict=True)
+        }
+        if seed is None and isinstance(self.lookup, Unmade):
+            seed = int(torch.randint(2**62, ()))
+        if seed is not None:
+            self.lookup.fill(Draw(self.plan.tables, starts, seed))
         for space, encoding in self.plan.encodings.items():
-            for name, start in zip(encoding.tables, encoding.start(std), strict=True):
-                self.lookup.table(name).normal_(start.mean, start.std)
+            if seed is None:
+                for name in encoding.tables:
+                    self.lookup.table(name).normal_(*starts[name])
             specs = encoding.arrays()
             for name, array in self.arrays.of(space).items():
                 if specs[name].dtype == "float32":
-                    array.normal_(specs[name].mean, specs[name].std * (std if specs[name].relative else 1))
+                    spread = specs[name].std * (std if specs[name].relative else 1)
+                    source = None if seed is None else generator(f"{space}.{name}", 0, seed)
+                    array.copy_(torch.empty(array.shape).normal_(specs[name].mean, spread, generator=source))
                 else:
-                    generator = np.random.default_rng(abs(seed_of(space, 0, self.plan.seed)))
-                    array.copy_(torch.from_numpy(encoding.initial(name, generator)))
+                    random = np.random.default_rng(abs(seed_of(space, 0, self.plan.seed)))
+                    array.copy_(torch.from_numpy(encoding.initial(name, random)))
 
     @torch.no_grad()
     def adapt(self, step: int, epoch: int | None = None) -> list[str]:
@@ -118,7 +139,7 @@ class _Collection(nn.Module):
 
     def replace_lookup(self, lookup: Lookup) -> None:
         """Puts another lookup in place of the collection's, with the same tables, and the same values in them."""
-        lookup.load_state_dict(self.lookup.state_dict())
+        self.lookup.hand_over(lookup)
         self.lookup = lookup
         for block in self._each_block():
             block.set_bases(bases_of(self.plan, block.features, lookup.base))
@@ -153,7 +174,8 @@ class EmbeddingBagCollection(_Collection):
         backend: "fbgemm" trains the tables inside backward by `optimizer`; "torch" makes them ordinary parameters.
         optimizer: for the fbgemm backend; row-wise Adagrad with lr 0.05 if None.
         init_std: standard deviation of the entries of composed vectors.
-        device: where the tables live.
+        device: where the tables live; "meta" for tables that are larger than one process's memory: they take none
+            until `TorchRecStrategy` spreads them, and each process draws its own part.
 
     Raises:
         UserError: for an unknown backend, an optimizer with the torch backend, or a feature with pooling "none".

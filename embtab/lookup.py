@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from embtab.errors import UserError
 from embtab.methods import Encoding, Table
 from embtab.methods.base import LiveTable
 from embtab.state import NamedState
+
+if TYPE_CHECKING:
+    from embtab.drawing import Draw
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
 
@@ -102,6 +105,16 @@ class Lookup(NamedState):
     @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the backend's own optimizer remembers, detached, by table; empty where the optimizer is outside."""
+
+    @torch.no_grad()
+    def fill(self, draw: Draw) -> None:
+        """Draws the first values of all tables."""
+        for name, table in self.tables.items():
+            self.table(name).copy_(draw.rows(name, 0, table.num_rows))
+
+    def hand_over(self, other: Lookup) -> None:
+        """Gives another lookup, with the same tables, the values in them."""
+        other.load_state_dict(self.state_dict())
 
     def everyones(self, ids: Tensor) -> Tensor:
         """The ids [N] of a batch; where several processes train these tables together, the ids of all."""

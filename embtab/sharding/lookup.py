@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from embtab.drawing import BLOCK, Draw
 from embtab.errors import UserError
 from embtab.lookup import Lookup, Optimizer, Request, padded
 from embtab.methods import Encoding, Table
@@ -261,6 +263,20 @@ class ShardedLookup(Lookup):
                 inner = inner.narrow(axis, 0, size)
             inner.copy_(part)
         return True
+
+    @torch.no_grad()
+    def fill(self, draw: Draw) -> None:
+        """Draws the first values of what this process holds, by the seed of rank 0."""
+        draw = replace(draw, seed=first_says(lambda: draw.seed))
+        self.replicas.fill(draw)
+        for name, shards in self._shards().items():
+            for shard in shards.local_shards():
+                first, column = shard.metadata.shard_offsets
+                stop = min(first + len(shard.tensor), self.tables[name].num_rows)
+                for low in range(first, stop, BLOCK):
+                    high = min(low + BLOCK, stop)
+                    values = draw.rows(name, low, high)[:, column : column + shard.tensor.shape[1]]
+                    shard.tensor[low - first : high - first, : values.shape[1]].copy_(values)
 
     def everyones(self, ids: Tensor) -> Tensor:
         """The ids of all processes; called by all of them."""

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
+from embtab.drawing import Unmade
 from embtab.errors import UserError
 from embtab.lookup import FbgemmLookup, slot
 from embtab.planning import Plan
@@ -170,14 +171,14 @@ def shard(collection: Collection, asked: str | Mapping[str, str], device: torch.
     """Spreads the tables of a collection over all processes; each gives its part of the values it has.
 
     Args:
-        collection: with the fbgemm backend.
+        collection: with the fbgemm backend, or on the meta device.
         asked: as `plan` of `TorchRecStrategy`.
         device: of this process.
 
     Raises:
         UserError: for another backend, or a plan that cannot be.
     """
-    if not isinstance(collection.lookup, FbgemmLookup):
+    if not isinstance(collection.lookup, FbgemmLookup | Unmade):
         raise UserError(
             "tables of the torch backend are trained by the outer optimizer, which sharded tables cannot be; use "
             'backend="fbgemm" with optimizer=embtab.Optimizer(...)'

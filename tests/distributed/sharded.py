@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 import warnings
@@ -195,6 +196,16 @@ def refusals(rank: int, world_size: int, port: int, folder: str) -> None:
     attempt("table", lambda: tables.round_to_served())
     attempt("first", lambda: first_says(lambda: 1 // 0))
     attempt("columns", lambda: shard(learner(ALL[0], "rowwise_adagrad").tables, "column_wise", torch.device("cpu")))
+    drawn = et.EmbeddingBagCollection(RESUMED.plan(), optimizer=et.Optimizer("sgd"))
+    drawn.init(0.3, seed=9)
+    for plan in ("row_wise", "table_wise", "column_wise", "data_parallel"):
+        unmade = et.EmbeddingBagCollection(RESUMED.plan(), optimizer=et.Optimizer("sgd"), device="meta")
+        attempt("unmade", lambda unmade=unmade: unmade(batch))
+        unmade.init(0.3, seed=9 + rank)  # that of rank 0 counts
+        shard(unmade, plan, torch.device("cpu"))
+        values = gathered(unmade).lookup.state_dict()
+        seen[f"drawn {plan}"] = all(torch.equal(values[key], value) for key, value in drawn.lookup.state_dict().items())
+    seen["peak"] = peak_of_a_large_table()
     broken = et.EmbeddingBagCollection(SOON[0].plan())
     shard(broken, "row_wise", torch.device("cpu"))
     if rank == 0:
@@ -209,6 +220,18 @@ def refusals(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.save(seen, Path(folder) / f"seen{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+LARGE = 2_000_000 * 16 * 4  # bytes
+
+
+def peak_of_a_large_table() -> int:
+    """Bytes by which this process's largest size ever grows when a table of LARGE bytes is spread over both."""
+    plan = et.plan([et.Feature("large", LARGE // 64)], "dense", dim=16)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tables = et.EmbeddingBagCollection(plan, optimizer=et.Optimizer("sgd"), device="meta")
+    shard(tables, "row_wise", torch.device("cpu"))
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def spawn(function: Any, world_size: int, *arguments: Any) -> None:

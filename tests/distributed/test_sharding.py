@@ -60,6 +60,10 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path):
         assert "column_wise cuts rows" in seen["columns"]
         assert "ZeroDivisionError" in seen["adapt"]
         assert 'use backend="fbgemm"' in seen["torch"]
+        for plan in ("row_wise", "table_wise", "column_wise", "data_parallel"):
+            assert seen[f"drawn {plan}"], f"{plan}: other first values than in one piece"
+        assert "hold no rows" in seen["unmade"]
+        assert seen["peak"] < 0.75 * sharded.LARGE, "half a table each"
         assert "unwritten" in seen
         assert seen["survives"], "a checkpoint that failed to be written replaced the one before"
 
