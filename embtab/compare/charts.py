@@ -145,7 +145,7 @@ def _tooltip(records: Sequence[Record]) -> list[alt.Tooltip]:
 
 
 def _byte_axis() -> alt.Axis:
-    return alt.Axis(labelExpr=_BYTES, labelOverlap="greedy")
+    return alt.Axis(labelExpr=_BYTES, labelOverlap="greedy", labelFlush=15)
 
 
 def _method_colour(methods: Sequence[str], shown: Collection[str]) -> alt.Color:

@@ -150,7 +150,7 @@ def kind_of(part: str) -> str:
 
 
 def _merged(kinds: dict[str, int], kept: Sequence[str]) -> dict[str, int]:
-    merged = {kind: nbytes for kind, nbytes in kinds.items() if kind in kept}
+    merged = {kind: kinds[kind] for kind in kept if kind in kinds}
     rest = sum(nbytes for kind, nbytes in kinds.items() if kind not in kept)
     return merged | {"other": rest} if rest else merged
 

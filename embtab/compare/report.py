@@ -168,7 +168,7 @@ def _about(sweep: Sweep, dataset: Dataset, rows: Sequence[Row], models: Sequence
         f"Ranker: {'; '.join(models)}. Seeds {', '.join(map(str, sweep.seeds))}. "
         + ", ".join(f"{name} {value}" for name, value in settings.items())
         + ".",
-        "Made with " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
+        "Made with " + ", ".join(f"{name} {number}" for name, number in sorted(versions.items())) + ".",
     ]
     if dataset.bayes:
         lines.append(
