@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from embtab import __version__
-from embtab.commands import bench, bundle, compare, data, plan
+from embtab.commands import bench, bundle, compare, data, plan, search
 from embtab.commands.parser import Parser
 from embtab.errors import UserError
 
@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_compare(
         commands.add_parser("compare", help="compare methods at equal bytes: methods x budgets x seeds")
     )
+    search.add_search(commands.add_parser("search", help="let tables learn their own shape within a byte budget"))
     bundle.add_export(commands.add_parser("export", help="write a checkpoint's tables as a bundle"))
     bundle.add_import(commands.add_parser("import", help="fit dense tables into a plan, and write a bundle"))
     bundle.add_verify(commands.add_parser("verify", help="recompute a bundle's golden vectors"))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embtab.learned.registry import LEARNED
-    from embtab.learned.search import Result, run
+    from embtab.learned.search import Reference, Result, run, train_dense
 
-_HOMES = {"LEARNED": "registry", "Result": "search", "run": "search"}
+_HOMES = {"LEARNED": "registry", "Reference": "search", "Result": "search", "run": "search", "train_dense": "search"}
 
-__all__ = ["LEARNED", "Result", "run"]
+__all__ = ["LEARNED", "Reference", "Result", "run", "train_dense"]
 
 
 def __getattr__(name: str) -> Any:

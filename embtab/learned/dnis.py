@@ -82,7 +82,9 @@ class DNIS(Learned):
 
     def search(self, lab: Lab) -> Found:
         """Stages "warmup" and "bilevel"."""
-        block_of = torch.from_numpy(frequency_blocks([space.counts for space in lab.spaces], self.blocks))
+        block_of = torch.from_numpy(
+            frequency_blocks([s.counts for s in lab.spaces if s.counts is not None], self.blocks)
+        )
         gate = SoftSelection(block_of, len(self.blocks), lab.sweep.dim)
         warm = Training(lab.sweep, lab.data, gate, lab.seed)
         lab.trained("warmup", warm, self.warmup)

@@ -7,8 +7,8 @@ import dataclasses
 import io
 import json
 import tempfile
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from embtab.compare.sweep import Sweep
 from embtab.errors import UserError
 from embtab.files import write_text
 from embtab.learned.forms import compacted, largest_within, plan_of
-from embtab.learned.method import Found, Lab, Learned, tensors
+from embtab.learned.method import Found, Lab, tensors
 from embtab.learned.registry import make
 from embtab.learned.stages import Stages, State
 from embtab.learned.supernet import Gate, Masked, joined
@@ -48,7 +48,7 @@ class Result:
         trained_samples: samples that all stages trained on.
         evaluated_samples: samples that all stages looked at to choose.
         training_nbytes: the most bytes that tables, their optimizer's memory and the gate took in any stage.
-        dense: the reference's metrics, seconds and trained_samples; None where it was not asked for.
+        dense: the dense training that was given.
         archive: every shape that was measured; `pareto` says that none is both smaller and better.
     """
 
@@ -61,7 +61,7 @@ class Result:
     trained_samples: int
     evaluated_samples: int
     training_nbytes: int
-    dense: dict[str, Any] | None
+    dense: Reference | None
     archive: list[dict[str, Any]]
 
     def cost(self) -> dict[str, Any]:
@@ -74,10 +74,36 @@ class Result:
             "training_nbytes": self.training_nbytes,
         }
         if self.dense is not None:
-            found["dense_seconds"] = self.dense["seconds"]
-            found["seconds_in_dense_trainings"] = self.seconds / self.dense["seconds"]
-            found["samples_in_dense_trainings"] = self.trained_samples / self.dense["trained_samples"]
+            found["dense_seconds"] = self.dense.seconds
+            found["seconds_in_dense_trainings"] = self.seconds / self.dense.seconds
+            found["samples_in_dense_trainings"] = self.trained_samples / self.dense.trained_samples
         return found
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One dense training, the unit that searches are paid in.
+
+    Args:
+        metrics: on the test split, of float32 rows.
+        seconds: of the training.
+        trained_samples: samples that it trained on.
+    """
+
+    metrics: dict[str, float]
+    seconds: float
+    trained_samples: int
+
+
+def train_dense(sweep: Sweep, seed: int = 0, folder: Path | None = None, title: str | None = None) -> Reference:
+    """Trains dense tables with the settings of a search; the arguments are those of `run`."""
+    torch.set_num_threads(1)
+    with _place(folder) as place:
+        lab = _lab(sweep, "dense", {}, None, seed, "fp32", place, title)
+        training = Training(lab.sweep, lab.data, Gate(), lab.seed)
+        state = lab.trained("dense", training, sweep.epochs, sweep.patience)
+        tested = lab.stages.run("test", lambda save, resumed: dict(training.evaluate("test")))
+    return Reference(tested, state["cost"]["seconds"], state["cost"]["trained"])
 
 
 def run(
@@ -88,7 +114,7 @@ def run(
     precision: str = "fp32",
     folder: Path | None = None,
     title: str | None = None,
-    reference: bool = False,
+    dense: Reference | None = None,
 ) -> Result:
     """Searches, retrains, and measures what will be served.
 
@@ -100,7 +126,7 @@ def run(
         precision: of the served rows; the search counts bytes in it.
         folder: where stages and artefacts are kept, so that a second call goes on from the first; none if None.
         title: of the progress on stderr; silent if None.
-        reference: also train dense tables, once, to state the cost in multiples of it.
+        dense: a dense training of the same settings, to state the cost in multiples of it.
 
     Raises:
         InfeasibleBudget: when the method's smallest shape does not fit.
@@ -109,9 +135,9 @@ def run(
     """
     torch.set_num_threads(1)  # a result does not depend on how many runs share the machine
     learned = make(method)
-    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        lab = _lab(sweep, learned, budget, seed, precision, Path(place), title)
-        dense = _reference(lab) if reference else None
+    options = dataclasses.asdict(learned)  # type: ignore[call-overload]
+    with _place(folder) as place:
+        lab = _lab(sweep, learned.name, options, budget, seed, precision, place, title, learned.check)
         found = learned.search(lab)
         training, plan, tables = _served(lab, found)
         result = _measured(lab, training, plan, tables, dense)
@@ -120,39 +146,48 @@ def run(
     return result
 
 
+@contextmanager
+def _place(folder: Path | None) -> Iterator[Path]:
+    """The folder, or one that vanishes."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        yield Path(place)
+
+
 def _lab(
-    sweep: Sweep, learned: Learned, budget: Any, seed: int, precision: str, folder: Path, title: str | None
+    sweep: Sweep,
+    name: str,
+    options: dict[str, Any],
+    budget: int | float | str | None,
+    seed: int,
+    precision: str,
+    folder: Path,
+    title: str | None,
+    check: Callable[[Lab], None] = lambda lab: None,
 ) -> Lab:
-    """Everything that is known before the first stage, checked."""
+    """Everything that is known before the first stage, checked before anything is written."""
     spec = Spec(sweep.dim, seed, precision)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = Data(sweep, seed, device)
+    data = Data(sweep, seed, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lab = Lab(sweep, data, spec, 0, seed, Stages(folder), title)
-    lab.budget = parse_bytes(budget, sum(Spec(sweep.dim).dense_bytes(space) for space in lab.spaces))
-    learned.check(lab)
+    lab.budget = parse_bytes("1x" if budget is None else budget, sum(map(Spec(sweep.dim).dense_bytes, lab.spaces)))
+    check(lab)
     nothing = {space.name: np.full((space.num_ids, sweep.dim), -np.inf) for space in lab.spaces}
-    largest_within(lab.spaces, nothing, lab.budget, spec, learned.name)  # which no search can make smaller
+    largest_within(lab.spaces, nothing, lab.budget, spec, name)  # which no search can make smaller
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, sweep, learned, lab, precision)
+    _claim(folder, lab, {"method": name, "options": options, "precision": precision})
     return lab
 
 
-def _claim(folder: Path, sweep: Sweep, learned: Learned, lab: Lab, precision: str) -> None:
+def _claim(folder: Path, lab: Lab, settings: dict[str, Any]) -> None:
     """Writes the settings down, or compares them with those that are there.
 
     Raises:
         UserError: when the folder holds another search.
     """
-    settings = {
-        "method": learned.name,
-        "options": dataclasses.asdict(learned),  # type: ignore[call-overload]
-        "budget": lab.budget,
-        "precision": precision,
-        "seed": lab.seed,
-        "dim": sweep.dim,
-        "training": sweep.training,
-        "fingerprint": lab.data.dataset.fingerprint,
-    }
+    settings |= {"budget": lab.budget, "seed": lab.seed, "dim": lab.sweep.dim, "training": lab.sweep.training}
+    settings |= {"fingerprint": lab.data.dataset.fingerprint}
     settings = json.loads(json.dumps(settings))
     file = folder / "search.json"
     if not file.exists():
@@ -166,17 +201,6 @@ def _claim(folder: Path, sweep: Sweep, learned: Learned, lab: Lab, precision: st
                 f"{folder}: holds a search whose {name} was {there.get(name)!r} and is now {value!r}; choose another "
                 "folder, or remove this one"
             )
-
-
-def _reference(lab: Lab) -> dict[str, Any]:
-    """One dense training with the same settings."""
-    training = Training(lab.sweep, lab.data, Gate(), lab.seed)
-    peak = lab.peak
-    state = lab.trained("dense", training, lab.sweep.epochs, lab.sweep.patience)
-    lab.peak = peak
-    cost = state["cost"]
-    tested = lab.stages.run("dense-test", lambda save, resumed: dict(training.evaluate("test")))
-    return {"metrics": tested, "seconds": cost["seconds"], "trained_samples": cost["trained"]}
 
 
 def _served(lab: Lab, found: Found) -> tuple[Training, Plan, EmbeddingBagCollection]:
@@ -201,12 +225,12 @@ def _without_gate(start: State) -> State:
 
 
 def _measured(
-    lab: Lab, training: Training, plan: Plan, tables: EmbeddingBagCollection, dense: dict[str, Any] | None
+    lab: Lab, training: Training, plan: Plan, tables: EmbeddingBagCollection, dense: Reference | None
 ) -> Result:
     """The test split, and what it all cost."""
     metrics = measure(tables, training.model, lab.data, "test")
     metrics |= {"val_auc": max(each["auc"] for each in training.history), "epochs": training.epoch}
-    costs = {name: state["cost"] for name, state in lab.stages.done.items() if "cost" in state and name != "dense"}
+    costs = {name: state["cost"] for name, state in lab.stages.done.items() if "cost" in state}
     lab.archive.append(
         {"stage": "retrain", "nbytes": plan.nbytes, "auc": metrics["val_auc"]}
         | {"logloss": min(training.history, key=lambda each: -each["auc"])["logloss"]}
@@ -247,7 +271,7 @@ def _write(folder: Path, lab: Lab, found: Found, result: Result) -> None:
     write_text(folder / "archive.json", _json(result.archive))
     write_text(folder / "archive.csv", _csv(result.archive))
     write_text(folder / "cost.json", _json(result.cost()))
-    dense = None if result.dense is None else result.dense["metrics"]
+    dense = None if result.dense is None else result.dense.metrics
     about = {"nbytes": result.plan.nbytes, "budget": lab.budget, "dense_nbytes": result.plan.dense_nbytes}
     write_text(folder / "result.json", _json(about | {"metrics": result.metrics, "dense": dense, "found": found.about}))
     save_bundle(

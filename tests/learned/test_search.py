@@ -20,7 +20,7 @@ from embtab.compare.sweep import Sweep
 from embtab.compare.train import make_model
 from embtab.datasets import synthetic
 from embtab.errors import UserError
-from embtab.learned import LEARNED, Result, run
+from embtab.learned import LEARNED, Result, run, train_dense
 from embtab.learned.search import with_pareto
 from embtab.learned.stages import Stages, read
 from embtab.learned.supernet import Gate, Masked
@@ -184,17 +184,17 @@ def test_a_search_killed_in_any_stage_goes_on_to_the_same_result(
 
 def test_finished_stages_are_not_done_again(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_of(data)
-    first = run(sweep, "magnitude", "0.3x", folder=tmp_path, reference=True)
+    dense = train_dense(sweep, folder=tmp_path / "dense")
+    first = run(sweep, "magnitude", "0.3x", folder=tmp_path, dense=dense)
     cost = json.loads((tmp_path / "cost.json").read_text())
-    dense = read(tmp_path / "dense.pt")["cost"]
-    assert cost["samples_in_dense_trainings"] == pytest.approx(cost["trained_samples"] / dense["trained"])
-    assert cost["seconds_in_dense_trainings"] == pytest.approx(cost["seconds"] / dense["seconds"])
+    assert cost["samples_in_dense_trainings"] == pytest.approx(cost["trained_samples"] / dense.trained_samples)
+    assert cost["seconds_in_dense_trainings"] == pytest.approx(cost["seconds"] / dense.seconds)
     assert set(json.loads((tmp_path / "result.json").read_text())["dense"]) == set(first.metrics) - {
         "val_auc",
         "epochs",
     }
     monkeypatch.setattr(Training, "step", lambda *a: pytest.fail("trained again"))
-    again = run(sweep, "magnitude", "0.3x", folder=tmp_path, reference=True)
+    again = run(sweep, "magnitude", "0.3x", folder=tmp_path, dense=train_dense(sweep, folder=tmp_path / "dense"))
     assert again.metrics == first.metrics
     assert again.cost() == cost
     with pytest.raises(UserError, match=r"holds a search whose seed was 0 and is now 1"):
