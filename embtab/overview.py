@@ -32,7 +32,7 @@ def outlooks(
     budget: int | str | None,
     dim: int = 16,
     seed: int = 0,
-    precision: str = "fp32",
+    precision: str | None = None,
 ) -> list[Outlook]:
     """Each method's plan, or why it has none.
 
@@ -41,14 +41,14 @@ def outlooks(
         budget: serving bytes, as in `plan`.
         dim: D, the width of every vector.
         seed: of the hashes.
-        precision: of the served rows.
+        precision: of the served rows; None for fp32, and for what auto chooses.
 
     Raises:
         UserError: for a budget, dim or precision that makes no sense.
     """
     plan(features, "dense", None, dim, seed, precision)  # what is wrong for all is said once
     found = []
-    for name in METHODS:
+    for name in ("auto", *METHODS):
         try:
             found.append(Outlook(name, plan(features, name, budget, dim, seed, precision)))
         except InfeasibleBudget as error:

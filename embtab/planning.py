@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from embtab.auto import choices
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import Feature, id_spaces
 from embtab.methods import METHODS, PRECISIONS, Encoding, Spec, Table
@@ -64,6 +65,12 @@ class Plan:
                 if array.serving:
                     kinds[array.part] = kinds.get(array.part, 0) + array.nbytes
         return {kind: nbytes for kind, nbytes in kinds.items() if nbytes}
+
+    @property
+    def precision(self) -> str:
+        """That of the rows; "mixed" where tables differ."""
+        found = {table.precision for table in self.tables.values()} or {"fp32"}
+        return found.pop() if len(found) == 1 else "mixed"
 
     @property
     def parameters(self) -> int:
@@ -164,7 +171,7 @@ def plan(
     budget: int | float | str | None = None,
     dim: int = 16,
     seed: int = 0,
-    precision: str = "fp32",
+    precision: str | None = None,
     **options: Any,
 ) -> Plan:
     """The largest tables of a method that fit into a byte budget.
@@ -172,11 +179,12 @@ def plan(
     Args:
         features: the model's categorical features.
         method: a name from `METHODS`; {"name": "qr", "op": "sum"} to set options; or a map from feature names (or id
-            spaces) to either, with "*" for the rest: {"C1": "dense", "*": "qr"}.
+            spaces) to either, with "*" for the rest: {"C1": "dense", "*": "qr"}; or "auto", see embtab/auto.py.
         budget: serving bytes: 8_000_000, "8MB", "8MiB", "0.1x" (of the dense tables); None for no limit.
         dim: D, the width of every vector.
         seed: changes every hash.
-        precision: of the served rows: "fp32", "fp16", "int8" or "int4" (row-wise scale and offset, counted).
+        precision: of the served rows: "fp32" (the default, but "auto" chooses), "fp16", "int8" or "int4" (row-wise
+            scale and offset, counted).
         **options: options of the method, where `method` is a plain name.
 
     Raises:
@@ -188,11 +196,13 @@ def plan(
         raise UserError("a plan needs at least one feature")
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
         raise UserError(f"dim must be a positive whole number, got {dim!r}")
-    if precision not in PRECISIONS:
+    if precision is not None and precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
     limit = None if budget is None else parse_bytes(budget, _dense_bytes(spaces, dim))
+    if method == "auto":
+        return _auto(features, limit, dim, seed, precision, options)
     groups = _grouped(spaces, features, method, options)
-    solutions = _solve(groups, limit, Spec(dim, seed, precision))
+    solutions = _solve(groups, limit, Spec(dim, seed, precision or "fp32"))
     encodings: dict[str, Encoding] = {}
     tables: list[Table] = []
     for group, solution in zip(groups, solutions, strict=True):
@@ -203,6 +213,21 @@ def plan(
     if limit is not None and made.nbytes > limit:
         raise AssertionError(f"planned {made.nbytes} bytes for a budget of {limit}; please report this")
     return made
+
+
+def _auto(
+    features: Sequence[Feature], limit: int | None, dim: int, seed: int, precision: str | None, options: Mapping
+) -> Plan:
+    """The first choice of the rule that is feasible."""
+    if options:
+        raise UserError(f"method 'auto' has no option {next(iter(options))!r}; it chooses methods and their options")
+    *first, last = choices(id_spaces(features), limit, dim, precision)
+    for choice in first:
+        try:
+            return plan(features, choice.methods, limit, dim, seed, choice.precision)
+        except InfeasibleBudget:
+            continue
+    return plan(features, last.methods, limit, dim, seed, last.precision)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", help='serving bytes: 8000000, "8MB", "8MiB" or "0.1x" of the dense tables')
     parser.add_argument("--dim", type=int, default=16, help="width of every embedding (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the hashes (default %(default)s)")
-    parser.add_argument("--precision", default="fp32", help="of the served rows: fp32, fp16, int8 or int4")
+    parser.add_argument("--precision", help="of the served rows: fp32 (default, but auto chooses), fp16, int8 or int4")
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, such as op=sum; repeatable"
     )

@@ -96,7 +96,7 @@ def _planned(sweep: Sweep, dataset: Dataset, features: list[Feature], cell: Cell
     row |= {
         "method": label(cell.method),
         "budget": "none" if cell.budget is None else str(cell.budget),
-        "precision": cell.precision,
+        "precision": cell.precision or "fp32",
         "seed": cell.seed,
         "dim": sweep.dim,
         "training": sweep.training,
@@ -111,6 +111,7 @@ def _planned(sweep: Sweep, dataset: Dataset, features: list[Feature], cell: Cell
     except InfeasibleBudget as error:
         row |= {"status": "infeasible", "min_bytes": error.min_bytes, "error": str(error)}
         return _Planned(sweep, row | {"key": f"infeasible {cell.name} {dataset.fingerprint}"}, None)
+    row |= {"precision": cell.precision or made.precision}
     row |= {"nbytes": made.nbytes, "bytes_by_part": made.bytes_by_part()}
     return _Planned(sweep, row | {"key": cell_key(sweep, made, dataset.fingerprint, cell.seed)}, made)
 

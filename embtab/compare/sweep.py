@@ -62,14 +62,18 @@ class Sweep:
     def cells(self) -> list[Cell]:
         """Every run, seed by seed, so that a sweep stopped early still compares all methods.
 
-        Dense tables are always measured in int8, too: it takes no further training, and is what to surpass.
+        `auto` chooses its precision itself. Dense tables are always measured in int8, too: it takes no further
+        training, and is what to surpass.
         """
         cells = []
         for seed in self.seeds:
             for precision in self.precisions:
                 for method in self.methods:
                     budgets = (None,) if label(method) == "dense" else self.budgets
-                    cells += [Cell(method, budget, precision, seed) for budget in budgets]
+                    if label(method) != "auto":
+                        cells += [Cell(method, budget, precision, seed) for budget in budgets]
+            if "auto" in map(label, self.methods):
+                cells += [Cell("auto", budget, None, seed) for budget in self.budgets]
             if "dense" in map(label, self.methods) and "int8" not in self.precisions:
                 cells.append(Cell("dense", None, "int8", seed))
         return cells
@@ -81,13 +85,15 @@ class Cell:
 
     method: MethodSpec
     budget: int | str | None
-    precision: str
+    precision: str | None
     seed: int
 
     @property
     def name(self) -> str:
         """For people: "qr op=sum, 0.1x, fp32, seed 2"."""
-        return f"{label(self.method)}, {self.budget or 'no budget'}, {self.precision}, seed {self.seed}"
+        return (
+            f"{label(self.method)}, {self.budget or 'no budget'}, {self.precision or 'any precision'}, seed {self.seed}"
+        )
 
 
 def label(method: MethodSpec) -> str:
