@@ -32,6 +32,7 @@ from embtab.reader import VOCABULARY, Bundle, physical
 from embtab.signed import CONFIG, write_signed
 from embtab.vocabulary import Vocabulary, vocabulary_tensors
 
+PROGRAM = "tables.onnx"
 MAX_FILE_BYTES = 2_000_000_000
 _LARGEST_FP16 = 65504.0
 
@@ -48,6 +49,7 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     precision: str | None = None,
     overwrite: bool = False,
+    onnx: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes trained tables as a bundle: all of it or, when anything fails, nothing.
@@ -61,6 +63,7 @@ def save(
         provenance: where the tables come from, such as {"dataset": "criteo", "fingerprint": "..."}.
         precision: of the stored rows, in place of the plan's.
         overwrite: replace the bundle at `path`, in one step.
+        onnx: write the tables as tables.onnx into the bundle too.
         max_file_bytes: tables go to several files where one would be larger; one table always stays in one file.
 
     Raises:
@@ -98,6 +101,8 @@ def save(
             "provenance": dict(provenance or {}),
             "quality": dict(quality or {}),
         }
+        if onnx:
+            _write_program(beside, about)
         files.write_text(beside / "README.md", card.model_card(plan, about))
         write_signed(beside, about)
 
@@ -210,6 +215,24 @@ def _write_golden(
     content = {f"{k}.{f}": torch.from_numpy(a) for f in given for k, a in {**given[f], **outputs[f]}.items()}
     save_file(content, folder / golden.FILE)
     return tolerance
+
+
+def _write_program(folder: Path, about: dict[str, Any]) -> None:
+    """Writes tables.onnx and checks its vectors.
+
+    Raises:
+        UserError: when they are not the golden ones, or ONNX is not installed.
+    """
+    from embtab.serving.exported import golden_answers, kind_of, write_beside
+
+    opened = Bundle.of(folder, about["plan"], physical(about["plan"], open_tensors(folder, about["tensors"])))
+    opened.config = about
+    write_beside(opened, folder / PROGRAM)
+    answer = golden_answers(kind_of("onnx").load(folder / PROGRAM), about["plan"])
+    wrong = [name for name, (_, fine) in golden.differences(opened, answer).items() if not fine]
+    if wrong:
+        raise UserError(f"tables.onnx does not give the vectors of {', '.join(wrong)}; nothing was written")
+    about["programs"] = {"onnx": PROGRAM}
 
 
 def torch_answers(tables: _Collection) -> golden.Answer:

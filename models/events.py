@@ -37,7 +37,7 @@ class Events:
     @property
     def owner(self) -> Tensor:
         """int64 [N]: the row that each event belongs to."""
-        return owner(self.lengths, len(self.history))
+        return owner(self.lengths, self.history.shape[0])
 
     def kept(self, mask: Tensor) -> Events:
         """Only the events of a bool [N] mask."""
@@ -46,6 +46,10 @@ class Events:
 
 def owner(lengths: Tensor, total: int) -> Tensor:
     """int64 [N]: the segment of each of the N = `total` elements of segments of the given lengths."""
+    if torch.compiler.is_exporting():  # into operators that every runtime has
+        ends = lengths.cumsum(0)
+        marks = torch.zeros(total + 1, dtype=torch.int64, device=lengths.device)
+        return marks.scatter_add(0, ends, torch.ones_like(ends)).cumsum(0)[:-1]
     rows = torch.arange(len(lengths), device=lengths.device)
     return rows.repeat_interleave(lengths, output_size=total)
 
@@ -57,13 +61,20 @@ def count(mask: Tensor, lengths: Tensor) -> Tensor:
 
 def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums of float [N, ...] over segments: [B, ...]; zero for an empty one."""
+    if torch.compiler.is_exporting():
+        sums = values.new_zeros(lengths.shape[0], *values.shape[1:])
+        return sums.index_put((owner(lengths, values.shape[0]),), values, accumulate=True)
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
 
 
 def segment_softmax(scores: Tensor, lengths: Tensor) -> Tensor:
     """Float [N] -> [N]: positive weights that add up to 1 in each segment."""
-    rows = owner(lengths, len(scores))
-    largest = torch.segment_reduce(scores.detach(), "max", lengths=lengths, unsafe=True)
+    rows = owner(lengths, scores.shape[0])
+    if torch.compiler.is_exporting():
+        lowest = scores.new_full((lengths.shape[0],), float("-inf"))
+        largest = lowest.scatter_reduce(0, rows, scores, "amax")
+    else:
+        largest = torch.segment_reduce(scores.detach(), "max", lengths=lengths, unsafe=True)
     powers = (scores - largest[rows]).exp()
     return powers / segment_sum(powers, lengths)[rows]
 

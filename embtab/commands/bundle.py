@@ -1,19 +1,20 @@
-"""The commands about bundles: export, import, verify, inspect."""
+"""The commands that make bundles and what is made of them: export, import."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embtab.commands.verify import add_inspect, add_verify, table
 from embtab.errors import UserError
 from embtab.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from embtab.golden import Answer
     from embtab.reader import Bundle
+
+__all__ = ["add_export", "add_import", "add_inspect", "add_verify"]
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +24,18 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="bundle",
-        choices=("bundle", "parquet", "hugectr", "state_dict"),
-        help="bundle (default); or, from a bundle, a plain vector per id",
+        choices=("bundle", "onnx", "aoti", "parquet", "hugectr", "state_dict"),
+        help="bundle (default); the whole ranker, or the tables of a bundle, as onnx or compiled (aoti); or, from a "
+        "bundle, a plain vector per id (parquet, hugectr, state_dict)",
     )
+    parser.add_argument("--onnx", action="store_true", help="put the tables as tables.onnx into the bundle too")
+    parser.add_argument(
+        "--config", type=Path, help="of the run, for onnx and aoti (default: config.yaml in the checkpoint's run)"
+    )
+    parser.add_argument(
+        "--single", action="append", default=[], metavar="FEATURE",
+        help="has one id in every row, so a program takes no offsets of it; repeatable, 'all' for all",
+    )  # fmt: skip
     parser.add_argument("--vocab", type=Path, metavar="DIR", help="take the vocabularies of this dataset folder along")
     _add_written(parser)
     parser.set_defaults(run=_export)
@@ -54,7 +64,11 @@ def _export(arguments: argparse.Namespace) -> None:
     from embtab.signed import CONFIG
 
     is_bundle = (arguments.source / CONFIG).is_file()
-    if arguments.format != "bundle":
+    if arguments.format in ("onnx", "aoti"):
+        _export_program(arguments, is_bundle)
+    elif arguments.config or arguments.single:
+        raise UserError("--config and --single are of --format onnx and aoti; leave them out here")
+    elif arguments.format != "bundle":
         _export_vectors(arguments, is_bundle)
     elif is_bundle:
         raise UserError(f"{arguments.source}: is a bundle already; choose another --format, or give a checkpoint")
@@ -63,14 +77,49 @@ def _export(arguments: argparse.Namespace) -> None:
     _say_written(arguments.out, arguments.format)
 
 
+def _export_program(arguments: argparse.Namespace, is_bundle: bool) -> None:
+    import tempfile
+
+    from embtab.bundle import refuse_existing, save
+    from embtab.reader import Bundle
+    from embtab.serving.exported import export
+    from embtab.serving.ranker import Ranker, load_trained
+    from embtab.serving.tables import ServedTables
+
+    if arguments.overwrite or arguments.vocab or arguments.quality or arguments.onnx:
+        raise UserError("--overwrite, --vocab, --quality and --onnx are of bundles; leave them out here")
+    refuse_existing(arguments.out, overwrite=False)
+    if is_bundle:
+        if arguments.precision or arguments.config:
+            raise UserError("--precision and --config are of checkpoints; a bundle has its precision and no ranker")
+        opened = Bundle(arguments.source)
+        single = _single(arguments.single, opened)
+        export(ServedTables(opened, weighted=True, single=single), opened, arguments.out, arguments.format)
+        return
+    trained = load_trained(arguments.source, arguments.config)
+    with tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=f".{arguments.out.name}.") as folder:
+        save(trained.tables, Path(folder) / "bundle", precision=arguments.precision)
+        opened = Bundle(Path(folder) / "bundle", verify=False)
+        ranker = Ranker(opened, trained.model, trained.num_dense, single=_single(arguments.single, opened))
+        export(ranker, opened, arguments.out, arguments.format, trained.about)
+
+
+def _single(named: Sequence[str], bundle: Bundle) -> list[str]:
+    return (
+        [entry["name"] for entry in bundle.plan["features"] if entry["pooling"] != "none"]
+        if "all" in named
+        else list(named)
+    )
+
+
 def _export_vectors(arguments: argparse.Namespace, is_bundle: bool) -> None:
     from embtab.materialise import materialise
     from embtab.reader import Bundle
 
     if not is_bundle:
         raise UserError(f"{arguments.source}: not a bundle; export the checkpoint as a bundle first, then from there")
-    if arguments.overwrite or arguments.precision or arguments.vocab or arguments.quality:
-        raise UserError("--overwrite, --precision, --vocab and --quality are of bundles; leave them out here")
+    if arguments.overwrite or arguments.precision or arguments.vocab or arguments.quality or arguments.onnx:
+        raise UserError("--overwrite, --precision, --vocab, --quality and --onnx are of bundles; leave them out here")
     materialise(Bundle(arguments.source), arguments.format, arguments.out)
 
 
@@ -90,91 +139,16 @@ def _export_bundle(arguments: argparse.Namespace) -> None:
         provenance={**entry["about"], **trained, "versions": entry["versions"]},
         precision=arguments.precision,
         overwrite=arguments.overwrite,
+        onnx=arguments.onnx,
     )
 
 
 def _say_written(path: Path, kind: str = "bundle") -> None:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    print(f"{path}: {format_bytes(size)}" + (f"; check it with `embtab verify {path}`" if kind == "bundle" else ""))
-
-
-def add_verify(parser: argparse.ArgumentParser) -> None:
-    """Arguments of embtab verify BUNDLE."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `embtab export` wrote")
-    parser.set_defaults(run=_verify)
-
-
-def _verify(arguments: argparse.Namespace) -> None:
-    from embtab import golden
-    from embtab.reader import Bundle
-
-    opened = Bundle(arguments.bundle)
-    found = {name: golden.differences(opened, answer) for name, answer in _decoders(opened).items()}
-    rows = [("feature", *found)]
-    rows += [(feature, *(f"{found[name][feature][0]:.2g}" for name in found)) for feature in opened.features]
-    print(_table(rows))
-    wrong = [f"{feature} by {name}" for name in found for feature, (_, fine) in found[name].items() if not fine]
-    if wrong:
-        raise UserError(f"{arguments.bundle}: differs from its golden vectors: {', '.join(wrong)}")
-    print(f"{arguments.bundle}: all files are whole, and all differences within tolerance")
-
-
-def _decoders(opened: Bundle) -> dict[str, Answer]:
-    """Everything here that can decode the bundle."""
-    from embtab.bundle import load, torch_answers
-    from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
-    from embtab.golden import reader_answers
-
-    sequences = any(entry["pooling"] == "none" for entry in opened.plan["features"])
-    kind = EmbeddingCollection if sequences else EmbeddingBagCollection
-    answers = {backend: torch_answers(load(opened.path, backend, kind)) for backend in ("torch", "fbgemm")}
-    return {"reader": reader_answers(opened), **answers}
-
-
-def add_inspect(parser: argparse.ArgumentParser) -> None:
-    """Arguments of embtab inspect BUNDLE."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `embtab export` wrote")
-    parser.set_defaults(run=_inspect)
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    from embtab.reader import Bundle
-
-    config = Bundle(arguments.bundle, verify=False).config
-    plan = config["plan"]
-    print(f"{config['format']} version {config['version']}, written by {config['producer']}, {config['created']}\n")
-    rows = [("feature", "ids", "pooling", "method", "any int64", "tables")]
-    for feature in plan["features"]:
-        encoding = plan["encodings"][feature["id_space"] or feature["name"]]
-        takes_all = "yes" if encoding["num_ids"] is None else "no"
-        tables = " + ".join(dict.fromkeys(encoding["tables"]))
-        rows.append(
-            (feature["name"], f"{feature['num_ids']}", feature["pooling"], encoding["method"], takes_all, tables)
-        )
-    print(_table(rows) + "\n")
-    stored = [("tensor", "type", "shape", "file")]
-    stored += [
-        (name, about["dtype"], " x ".join(map(str, about["shape"])), about["file"])
-        for name, about in config["tensors"].items()
-    ]
-    print(_table(stored) + "\n")
-    files = [("file", "bytes", "sha256")]
-    files += [(name, f"{about['bytes']}", about["sha256"]) for name, about in config["files"].items()]
-    print(_table(files))
-    for title in ("provenance", "quality"):
-        if config[title]:
-            print(f"\n{title}\n{_facts(config[title])}")
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    print(
+        f"{path}: {format_bytes(size)}"
+        + (f"; check it with `embtab verify {path}`" if kind in ("bundle", "onnx", "aoti") else "")
+    )
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
@@ -218,5 +192,5 @@ def _import(arguments: argparse.Namespace) -> None:
     save(tables, arguments.out, quality=_quality(arguments.quality), provenance=origin, overwrite=arguments.overwrite)
     counts = {space.name: space.counts for space in id_spaces(features)}
     errors = reconstruction_errors(load(arguments.out), weights, counts)
-    print(_table([("feature", "relative error"), *((name, f"{error:.4f}") for name, error in errors.items())]))
+    print(table([("feature", "relative error"), *((name, f"{error:.4f}") for name, error in errors.items())]))
     _say_written(arguments.out)

@@ -1,0 +1,123 @@
+"""The commands that look at bundles and exported programs: verify, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embtab.errors import UserError
+
+if TYPE_CHECKING:
+    from embtab.golden import Answer
+    from embtab.reader import Bundle
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Arguments of embtab verify BUNDLE."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `embtab export` wrote")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    if _is_program(arguments.bundle):
+        _verify_program(arguments.bundle)
+        return
+    from embtab import golden
+    from embtab.reader import Bundle
+
+    opened = Bundle(arguments.bundle)
+    found = {name: golden.differences(opened, answer) for name, answer in _decoders(opened).items()}
+    rows = [("feature", *found)]
+    rows += [(feature, *(f"{found[name][feature][0]:.2g}" for name in found)) for feature in opened.features]
+    print(table(rows))
+    wrong = [f"{feature} by {name}" for name in found for feature, (_, fine) in found[name].items() if not fine]
+    if wrong:
+        raise UserError(f"{arguments.bundle}: differs from its golden vectors: {', '.join(wrong)}")
+    print(f"{arguments.bundle}: all files are whole, and all differences within tolerance")
+
+
+def _is_program(path: Path) -> bool:
+    """Whether config.json says that it describes an exported program; whoever opens it checks that."""
+    from embtab.signed import CONFIG, MAX_JSON
+
+    config = path / CONFIG
+    if not config.is_file() or config.stat().st_size > MAX_JSON:
+        return False
+    return b'"format": "embtab-program"' in config.read_bytes()
+
+
+def _verify_program(path: Path) -> None:
+    from embtab.serving.exported import Program
+
+    program = Program(path)
+    worst, fine = program.difference()
+    print(f"{program.config['kind']}: largest difference {worst:.2g}")
+    if not fine:
+        raise UserError(f"{path}: the program differs from its golden outputs by {worst:.2g}")
+    print(f"{path}: all files are whole, and all differences within tolerance")
+
+
+def _decoders(opened: Bundle) -> dict[str, Answer]:
+    """Everything here that can decode the bundle."""
+    from embtab.bundle import load, torch_answers
+    from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
+    from embtab.golden import reader_answers
+    from embtab.serving.exported import eager, golden_answers, program_inside
+    from embtab.serving.quantised import QuantisedTables
+
+    sequences = any(entry["pooling"] == "none" for entry in opened.plan["features"])
+    kind = EmbeddingCollection if sequences else EmbeddingBagCollection
+    found = {"reader": reader_answers(opened)}
+    found |= {backend: torch_answers(load(opened.path, backend, kind)) for backend in ("torch", "fbgemm")}
+    found["quantised"] = golden_answers(eager(QuantisedTables(opened, weighted=True)), opened.plan)
+    program = program_inside(opened)
+    return found if program is None else {**found, "onnx": golden_answers(program, opened.plan)}
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Arguments of embtab inspect BUNDLE."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `embtab export` wrote")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from embtab.reader import Bundle
+
+    config = Bundle(arguments.bundle, verify=False).config
+    plan = config["plan"]
+    print(f"{config['format']} version {config['version']}, written by {config['producer']}, {config['created']}\n")
+    rows = [("feature", "ids", "pooling", "method", "any int64", "tables")]
+    for feature in plan["features"]:
+        encoding = plan["encodings"][feature["id_space"] or feature["name"]]
+        takes_all = "yes" if encoding["num_ids"] is None else "no"
+        tables = " + ".join(dict.fromkeys(encoding["tables"]))
+        rows.append(
+            (feature["name"], f"{feature['num_ids']}", feature["pooling"], encoding["method"], takes_all, tables)
+        )
+    print(table(rows) + "\n")
+    stored = [("tensor", "type", "shape", "file")]
+    stored += [
+        (name, about["dtype"], " x ".join(map(str, about["shape"])), about["file"])
+        for name, about in config["tensors"].items()
+    ]
+    print(table(stored) + "\n")
+    files = [("file", "bytes", "sha256")]
+    files += [(name, f"{about['bytes']}", about["sha256"]) for name, about in config["files"].items()]
+    print(table(files))
+    for title in ("provenance", "quality"):
+        if config[title]:
+            print(f"\n{title}\n{_facts(config[title])}")
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return "\n".join(f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)

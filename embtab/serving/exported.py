@@ -1,0 +1,308 @@
+"""Programs that need no embtab: tables or a whole ranker as ONNX or an AOTInductor package, in a folder that vouches
+for itself.
+
+    model.onnx, model.onnx.data | model.pt2     the program
+    golden.safetensors                          inputs and the outputs they must give
+    config.json                                 names, types and shapes of inputs and outputs; sha256 of every file
+
+The golden outputs come from the NumPy reader (and the model in plain torch), not from what is exported. `export` checks
+the finished program against them before anything is left at its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from embtab import __version__, golden
+from embtab.bundle_files import check_finite, map_tensors
+from embtab.errors import UserError
+from embtab.files import new_folder
+from embtab.reader import Bundle
+from embtab.serving.ranker import Ranker
+from embtab.serving.tables import ServedTables
+from embtab.signed import CONFIG, BundleError, check_files, need, read_signed, refused, write_signed
+
+FORMAT, VERSION = "embtab-program", 1
+ABSOLUTE, RELATIVE = 1e-6, 1e-5
+ROWS = 16  # of the golden batch
+
+Arrays = dict[str, np.ndarray]
+Run = Callable[[Arrays], Arrays]
+"""Inputs by name -> outputs by name."""
+
+
+class Kind(Protocol):
+    """A form of program: `embtab.serving.onnx`, `embtab.serving.aoti`."""
+
+    FILE: str
+
+    @staticmethod
+    def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Path) -> None:
+        """Writes the program."""
+
+    @staticmethod
+    def load(path: Path) -> Run:
+        """The program, ready to run."""
+
+
+def kind_of(name: str) -> Kind:
+    """The form of a name, "onnx" or "aoti".
+
+    Raises:
+        UserError: when it is neither, or needs a package that is not installed.
+    """
+    if name == "onnx":
+        from embtab.serving import onnx
+
+        return onnx  # type: ignore[return-value]
+    if name == "aoti":
+        from embtab.serving import aoti
+
+        return aoti  # type: ignore[return-value]
+    raise UserError(f"unknown program {name!r}; there are onnx and aoti")
+
+
+@torch.no_grad()
+def export(
+    module: ServedTables | Ranker, bundle: Bundle, path: str | Path, kind: str, about: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a module as a program, and runs it on the golden inputs before it is let go.
+
+    Args:
+        module: tables or a ranker, made from `bundle`.
+        bundle: where golden vectors come from.
+        path: the folder to make.
+        kind: "onnx" or "aoti".
+        about: where it comes from; plain JSON types.
+
+    Raises:
+        UserError: when `path` holds something, a package is missing, the model cannot be exported, or the program's
+            outputs are not those of the model.
+    """
+    form = kind_of(kind)
+    random = np.random.default_rng(0)
+    with new_folder(Path(path)) as folder:
+        example = made_inputs(module, 3, random)
+        given = made_inputs(module, ROWS, random)
+        expected = outputs_of(module, bundle, given)
+        form.write(module, {name: torch.from_numpy(array) for name, array in example.items()}, folder / form.FILE)
+        largest = max(float(np.abs(array).max(initial=0)) for array in expected.values())
+        allowed = {"absolute": ABSOLUTE * max(1.0, largest), "relative": RELATIVE}
+        worst, fine = compared(form.load(folder / form.FILE), given, expected, allowed)
+        if not fine:
+            raise UserError(f"the exported program differs from the model by {worst:.3g}; nothing was written")
+        save_file({**given, **expected}, folder / golden.FILE)
+        write_signed(
+            folder,
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "producer": f"embtab {__version__}, torch {torch.__version__}",
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "kind": kind,
+                "program": form.FILE,
+                "inputs": {name: _described(module, name, array) for name, array in given.items()},
+                "outputs": {name: _described(module, name, array) for name, array in expected.items()},
+                "golden": {"file": golden.FILE, **allowed},
+                "provenance": {"bundle": bundle.config.get("sha256"), **(about or {})},
+            },
+        )
+
+
+def _described(module: ServedTables | Ranker, name: str, array: np.ndarray) -> dict[str, Any]:
+    """Type and shape; lengths that may differ from call to call as words."""
+    what, _, feature = name.partition(".")
+    tables = module.tables if isinstance(module, Ranker) else module
+    by_name = {each.name: each for each in tables.plan.features}
+    if isinstance(module, Ranker) and module.layout and feature in module.layout.histories:
+        feature = module.layout.histories[0]  # all fields of a history are equally long
+    if what == "offsets":
+        return {"dtype": str(array.dtype), "shape": ["batch + 1"]}
+    per_id = what in ("ids", "weights") or (what == "vectors" and by_name[feature].pooling == "none")
+    rows = f"ids of {feature}" if per_id and feature not in tables.single else "batch"
+    return {"dtype": str(array.dtype), "shape": [rows, *array.shape[1:]]}
+
+
+def made_inputs(module: ServedTables | Ranker, rows: int, random: np.random.Generator) -> Arrays:
+    """Inputs of `rows` rows with bags of zero to five ids, extreme ids where the method takes any int64."""
+    tables = module.tables if isinstance(module, Ranker) else module
+    lengths = random.integers(0, 6, rows)
+    lengths[:2] = (0, 5)  # of every history alike
+    found: Arrays = {}
+    features = {feature.name: feature for feature in tables.plan.features}
+    for name in module.inputs():
+        what, _, feature = name.partition(".")
+        if name == "dense":
+            found[name] = random.standard_normal((rows, module.num_dense), np.float32)  # type: ignore[arg-type]
+        elif what == "offsets" and features[feature].pooling == "none":
+            found[name] = np.cumsum([0, *lengths])
+        elif what == "ids":
+            own = random.integers(0, 6, rows)
+            own[:2] = (5, 0)
+            bagged = tables.bagged(features[feature])
+            total = rows if feature in tables.single else (own if bagged else lengths).sum()
+            found[name] = _ids(tables, feature, int(total), random)
+            if bagged:
+                found[f"offsets.{feature}"] = np.cumsum([0, *own])
+        elif what == "weights":
+            found[name] = random.uniform(-2, 2, len(found[f"ids.{feature}"])).astype(np.float32)
+    return {name: found[name] for name in module.inputs()}
+
+
+def _ids(tables: ServedTables, feature: str, total: int, random: np.random.Generator) -> np.ndarray:
+    known = next(each for each in tables.plan.features if each.name == feature)
+    ids = random.integers(0, known.num_ids, total)
+    ids[:2] = (known.num_ids - 1, 0)
+    if tables.plan.encodings[known.space].num_ids is None:
+        ids[2 : 2 + len(golden.EXTREMES)] = golden.EXTREMES[: max(total - 2, 0)]
+    return ids
+
+
+def outputs_of(module: ServedTables | Ranker, bundle: Bundle, given: Arrays) -> Arrays:
+    """What a program must give, by the NumPy reader and the model in plain torch."""
+    if isinstance(module, Ranker):
+        return module.expected(bundle, given)
+    found = {}
+    for feature in module.plan.features:
+        name, ids = feature.name, given[f"ids.{feature.name}"]
+        if module.bagged(feature):
+            found[f"vectors.{name}"] = bundle.lookup(name, ids, given[f"offsets.{name}"], given.get(f"weights.{name}"))
+        else:
+            found[f"vectors.{name}"] = bundle.vectors(name, ids)
+    return found
+
+
+def compared(run: Run, given: Arrays, expected: Arrays, allowed: Mapping[str, float]) -> tuple[float, bool]:
+    """The largest difference from the expected outputs, and whether all lie within tolerance."""
+    got = run(given)
+    fine = all(
+        got[name].shape == array.shape and golden.within(got[name], array, allowed) for name, array in expected.items()
+    )
+    same = [name for name in expected if got[name].shape == expected[name].shape]
+    worst = [float(np.abs(got[name] - expected[name]).max(initial=0)) for name in same]
+    return max(worst, default=float("inf")), fine
+
+
+def golden_answers(run: Run, plan: Mapping[str, Any]) -> golden.Answer:
+    """What tables that take weights give for a bundle's golden vectors, one feature at a time."""
+    features = {entry["name"]: entry["pooling"] != "none" for entry in plan["features"]}
+
+    def ask(feature: str, ids: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+        given: Arrays = {}
+        for name, bagged in features.items():
+            own = ids if name == feature else np.zeros(1, np.int64)
+            given[f"ids.{name}"] = own
+            if bagged:
+                given[f"offsets.{name}"] = offsets if name == feature else np.array([0, 1])
+                ones = np.ones(len(own), np.float32)
+                given[f"weights.{name}"] = weights if weights is not None and name == feature else ones
+        return run(given)[f"vectors.{feature}"]
+
+    def answers(feature: str, given: golden.Arrays) -> Arrays:
+        found = {"vectors": ask(feature, given["ids"], np.arange(len(given["ids"]) + 1), None)}
+        if features[feature]:
+            bags = feature, given["bag_ids"], given["offsets"]
+            found |= {"pooled": ask(*bags, None), "weighted": ask(*bags, given["weights"])}
+        return found
+
+    return answers
+
+
+def eager(module: ServedTables) -> Run:
+    """A module of tables as a program."""
+
+    def run(inputs: Arrays) -> Arrays:
+        with torch.no_grad():
+            found = module({name: torch.from_numpy(array.copy()) for name, array in inputs.items()})
+        return {name: vectors.numpy() for name, vectors in found.items()}
+
+    return run
+
+
+def write_beside(bundle: Bundle, path: Path) -> None:
+    """Writes the tables of a bundle as ONNX into its own folder; they take weights. See `golden_answers`."""
+    kind = kind_of("onnx")
+    module = ServedTables(bundle, weighted=True)
+    example = made_inputs(module, 3, np.random.default_rng(0))
+    kind.write(module, {name: torch.from_numpy(array) for name, array in example.items()}, path)
+
+
+def program_inside(bundle: Bundle) -> Run | None:
+    """The ONNX program in a bundle's folder, where it has one.
+
+    Raises:
+        BundleError: when it is not listed, or cannot be loaded.
+    """
+    programs = bundle.config.get("programs", {})
+    with refused(bundle.path / CONFIG):
+        name = programs.get("onnx")
+        need(name is None or name in bundle.config["files"], f"program {name!r} is not listed")
+    return None if name is None else _loaded("onnx", bundle.path / name)
+
+
+def _loaded(kind: str, path: Path) -> Run:
+    try:
+        return kind_of(kind).load(path)
+    except UserError:
+        raise
+    except Exception as error:  # runtimes have errors of their own
+        raise BundleError(f"{path}: cannot be loaded: {_line(error)}") from None
+
+
+class Program:
+    """An exported program, opened: its files compared with their digests before anything of it runs.
+
+    An AOTInductor package is machine code: run none that you did not make or do not trust, digests or not.
+
+    Args:
+        path: the folder that `export` or `embtab export --format onnx` wrote.
+
+    Raises:
+        BundleError: when it is damaged or not such a folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = read_signed(self.path, FORMAT, VERSION, "an exported program")
+        check_files(self.path, self.config, verify=True)
+        with refused(self.path / CONFIG):
+            need(self.config["kind"] in ("onnx", "aoti"), f"kind {self.config['kind']!r}")
+            need(self.config["program"] == kind_of(self.config["kind"]).FILE, f"program {self.config['program']!r}")
+            for file in (self.config["program"], self.config["golden"]["file"]):
+                need(file in self.config["files"], f"{file!r} is not listed")
+            for key in ("absolute", "relative"):
+                value = self.config["golden"][key]
+                need(isinstance(value, float) and 0 <= value < 1e3, f"golden: {key} {value!r}")
+            for key in ("inputs", "outputs"):
+                need(isinstance(self.config[key], dict) and self.config[key], f"{key} must be named")
+        self.run = _loaded(self.config["kind"], self.path / self.config["program"])
+
+    def difference(self) -> tuple[float, bool]:
+        """The largest difference from the golden outputs, and whether all lie within tolerance.
+
+        Raises:
+            BundleError: when the golden file lacks an input or output, or the program does not run.
+        """
+        held = map_tensors(self.path / self.config["golden"]["file"])
+        check_finite(held, self.path)
+        try:
+            given = {name: held[name] for name in self.config["inputs"]}
+            expected = {name: held[name] for name in self.config["outputs"]}
+        except KeyError as error:
+            raise BundleError(f"{self.path}: no golden tensor {error}") from None
+        try:
+            return compared(self.run, given, expected, self.config["golden"])
+        except Exception as error:
+            raise BundleError(f"{self.path}: the program does not run: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or repr(error)

@@ -1,0 +1,89 @@
+"""ONNX, by the exporter that captures programs with torch.export (the older one is silently wrong: it makes divisions
+of shifts, and half of all ids would read another row).
+
+Needs `pip install embtab[onnx]`. Weights above `MAX_INSIDE` go to a file of their own beside model.onnx, which may be
+larger than the 2 GB that an ONNX file can hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embtab.errors import UserError
+from embtab.serving.capture import captured
+
+if TYPE_CHECKING:
+    from embtab.serving.exported import Arrays, Run
+    from embtab.serving.ranker import Ranker
+    from embtab.serving.tables import ServedTables
+
+FILE = "model.onnx"
+OPSET = 20
+MAX_INSIDE = 1_000_000_000  # bytes of weights
+
+
+def _missing() -> UserError:
+    return UserError("ONNX needs the packages onnx, onnxscript and onnxruntime; install embtab[onnx]")
+
+
+def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Path) -> None:
+    """Writes the module as ONNX, every input's first length left open.
+
+    Raises:
+        UserError: when packages are missing, or the module cannot be exported.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise _missing() from None
+    program = captured(module, example)
+    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            made = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=module.inputs(),
+                output_names=module.outputs(),
+            )
+        except Exception as error:  # the exporter has many
+            raise UserError(f"the model cannot be exported to ONNX: {' '.join(str(error).split())[:300]}") from None
+        assert made is not None
+        made.save(path, external_data=size > MAX_INSIDE)
+
+
+def load(path: Path) -> Run:
+    """The program under ONNX Runtime, on the CPU and one thread.
+
+    Raises:
+        UserError: when ONNX Runtime is missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise _missing() from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    taken = {entry.name for entry in session.get_inputs()}
+
+    def run(inputs: Arrays) -> Arrays:
+        given = {name: np.ascontiguousarray(array) for name, array in inputs.items() if name in taken}
+        return dict(zip(names, session.run(None, given), strict=True))
+
+    return run

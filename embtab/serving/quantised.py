@@ -1,0 +1,144 @@
+"""A bundle under fbgemm's quantised inference kernels: the rows as they are stored, never decoded in memory.
+
+The kernels (IntNBitTableBatchedEmbeddingBagsCodegen) keep fp32, fp16, int8 and int4 rows as a bundle does: a float16
+scale and a float16 offset a row, the first of two 4-bit numbers in the low half. So rows are copied, not quantised
+again, and a vector of one id is the reader's bit for bit. A sum over a bag is formed inside the kernel, scale by
+scale, and may differ from the reader's in the last place. fbgemm pads widths to a multiple of 4 (of 8 in int4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from embtab.errors import UserError
+from embtab.reader import Bundle
+from embtab.serving.stored import Stored
+from embtab.serving.tables import Group, Inputs, ServedTables, _cut, _weights
+
+
+class NBitTable(nn.Module):
+    """Stacked tables in one quantised kernel: rows int64 [N] in bags of offsets [B + 1] -> float32 [B, W]."""
+
+    def __init__(self, stored: Stored, precision: str) -> None:
+        super().__init__()
+        from fbgemm_gpu.split_embedding_configs import SparseType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
+        from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
+
+        self.width = stored.width
+        kind = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
+        multiple = 8 if precision == "int4" else 4
+        padded = -(-stored.width // multiple) * multiple
+        self.kernel: Any = IntNBitTableBatchedEmbeddingBagsCodegen(
+            [("stack", max(len(stored.rows), 1), padded, kind[precision], EmbeddingLocation.HOST)],
+            device="cpu",
+            output_dtype=SparseType.FP32,
+            bounds_check_mode=BoundsCheckMode.NONE,  # ids are checked before
+        )
+        self.kernel.initialize_weights()
+        scaled = stored.scales is not None
+        held, marks = self.kernel.split_embedding_weights(split_scale_shifts=scaled)[0]
+        plain = torch.from_numpy(np.ascontiguousarray(stored.rows)).view(torch.uint8)
+        held.zero_()
+        held[: len(plain), : plain.shape[1]] = plain
+        if scaled:
+            both = np.stack([stored.scales, stored.offsets], axis=1)  # type: ignore[list-item]
+            marks[: len(plain)] = torch.from_numpy(both).view(torch.uint8)
+
+    def forward(self, rows: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """float32 [B, W]: (weighted) sums of rows over bags; [N, W], the rows, without offsets."""
+        if offsets is None:
+            offsets = torch.arange(len(rows) + 1)
+        sums: Tensor = self.kernel(rows.contiguous(), offsets, weights)  # it takes no strides into account
+        return sums[:, : self.width]
+
+
+class QuantisedTables(ServedTables):
+    """`ServedTables` on quantised kernels, which also sum the bags of methods whose parts may be summed first."""
+
+    def stack(self, stored: Stored, name: str) -> nn.Module:
+        """A kernel for every width and precision."""
+        return NBitTable(stored, name.partition("x")[0])
+
+    def _outputs(self, group: Group, inputs: Inputs) -> dict[str, Tensor]:
+        if not (group.bagged and group.stacks and group.encoding.linear) or group.encoding.may_skip:
+            return super()._outputs(group, inputs)
+        names = [feature.name for feature in group.features]
+        ids = [inputs[f"ids.{name}"] for name in names]
+        sizes = [len(each) for each in ids]
+        rows, arrays = self.rows(group, torch.cat(ids), sizes)
+        offsets = [inputs[f"offsets.{name}"] for name in names]
+        lengths = torch.cat([each.diff() for each in offsets])
+        weights = _weights(names, inputs)
+        bags = F.pad(lengths.cumsum(0), (1, 0))
+        parts = [self.get_submodule(stack)(rows[:, k], bags, weights) for k, stack in enumerate(group.stacks)]
+        sums = group.encoding.combine(parts, arrays)
+        if group.features[0].pooling == "mean":
+            sums = sums / lengths.clamp(min=1).unsqueeze(1)
+        pieces = _cut(sums, [len(each) - 1 for each in offsets])
+        return {f"vectors.{name}": part for name, part in zip(names, pieces, strict=True)}
+
+    def rows(self, group: Group, ids: Tensor, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As its parent's; ids out of range are refused here, since the kernels look at no bounds.
+
+        Raises:
+            UserError: when an id is out of range.
+        """
+        limit = group.encoding.num_ids
+        if limit is not None:
+            for feature, own in zip(group.features, ids.split(list(sizes)), strict=True):
+                outside = (own < 0) | (own >= feature.num_ids)
+                if bool(outside.any()):
+                    raise UserError(
+                        f"feature {feature.name!r}: id {int(own[outside][0])} is outside [0, {feature.num_ids})"
+                    )
+        return super().rows(group, ids, sizes)
+
+
+class QuantisedCollection(nn.Module):
+    """A bundle as torchrec's quantised collections are called: a KeyedJaggedTensor in, vectors out.
+
+    Args:
+        bundle: an opened bundle, or its folder.
+
+    Returns a KeyedTensor with a vector of D numbers a feature; or, where the bundle holds histories (a feature whose
+    pooling is "none"), a dict of JaggedTensor with a vector per id.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path) -> None:
+        super().__init__()
+        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+        self.is_sequence = any(entry["pooling"] == "none" for entry in opened.plan["features"])
+        self.tables = QuantisedTables(opened, single=opened.features if self.is_sequence else ())
+        self.features = list(self.tables.plan.features)
+
+    @torch.no_grad()
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor | dict[str, JaggedTensor]:
+        """The vectors of every feature of the plan.
+
+        Raises:
+            UserError: when an id is out of range, or a feature is missing.
+        """
+        weights = features.weights_or_none()
+        given: dict[str, Tensor] = {}
+        for feature in self.features:
+            if feature.name not in features.keys():  # noqa: SIM118 (no dict)
+                raise UserError(f"feature {feature.name!r} is not in the batch; it has {', '.join(features.keys())}")
+            bags = features[feature.name]
+            given[f"ids.{feature.name}"] = bags.values().long()
+            given[f"offsets.{feature.name}"] = F.pad(bags.lengths().long().cumsum(0), (1, 0))
+            if weights is not None and not self.is_sequence:
+                given[f"weights.{feature.name}"] = bags.weights()
+        found = self.tables(given)
+        names = [feature.name for feature in self.features]
+        if not self.is_sequence:
+            return KeyedTensor(names, [self.tables.plan.dim] * len(names), torch.cat(list(found.values()), dim=1))
+        return {name: JaggedTensor(found[f"vectors.{name}"], lengths=features[name].lengths()) for name in names}

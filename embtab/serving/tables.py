@@ -1,0 +1,257 @@
+"""The tables of a bundle as a torch module of the plainest operators, for everything that compiles or exports.
+
+    ids.F int64 [N], offsets.F int64 [B + 1], weights.F float32 [N]  -->  vectors.F float32 [B, D]
+
+Rows stay stored as the bundle stores them (float16, int8, int4) and are decoded where they are read, so an export is as
+small as the bundle. Ids outside a feature's range read a row that no table has: an error in every runtime, where
+without it some would count from the end, and answer.
+
+Features whose encodings differ only in constants are computed together, and tables of one width and precision are
+stacked: the program of 26 features is hardly longer than that of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtab.errors import UserError
+from embtab.features import Feature
+from embtab.methods import Encoding
+from embtab.planning import Plan
+from embtab.reader import Bundle
+from embtab.serving.stored import Stored, StoredTable
+
+Inputs = Mapping[str, Tensor]
+NO_ROW = 2**40  # above any table's rows
+
+
+@dataclass(frozen=True)
+class Group:
+    """Features that are computed together.
+
+    Attributes:
+        features: F of them; their encodings differ in nothing but constants, and pooling is the same.
+        encoding: of the first.
+        stacks: for each of the K parts the stack that its table is in.
+        constants: the buffer of each constant, [F, 1 or K].
+        limits: the buffer of the number of ids, [F, 1].
+        bases: the buffer of the tables' first rows in their stacks, [F, K].
+        arrays: the buffer of each array.
+        bagged: whether ids come as bags that are pooled.
+    """
+
+    features: tuple[Feature, ...]
+    encoding: Encoding
+    stacks: tuple[str, ...]
+    constants: Mapping[str, str]
+    limits: str
+    bases: str
+    arrays: Mapping[str, str]
+    bagged: bool
+
+
+class ServedTables(nn.Module):
+    """Every feature of a bundle, from ids to vectors.
+
+    Args:
+        bundle: an opened bundle.
+        weighted: take a weight for every id of a feature that is pooled.
+        single: features that have one id in every row: they take no offsets.
+
+    Raises:
+        UserError: for a name in `single` that is no feature.
+    """
+
+    def __init__(self, bundle: Bundle, weighted: bool = False, single: Collection[str] = ()) -> None:
+        super().__init__()
+        self.plan = Plan.from_dict(bundle.plan)
+        self.weighted = weighted
+        for name in single:
+            if name not in bundle.features:
+                raise UserError(f"no feature {name!r} to have one id a row; there are {', '.join(bundle.features)}")
+        self.single = frozenset(single)
+        self.stack_of, self.base = self._stacked(bundle)
+        grouped: dict[tuple, list[Feature]] = {}
+        for feature in self.plan.features:
+            encoding = self.plan.encodings[feature.space]
+            stacks = tuple(self.stack_of[name] for name in encoding.tables)
+            alone = feature.space if encoding.arrays() else None
+            bagged = self.bagged(feature)
+            key = (type(encoding), encoding.variant, encoding.num_ids is None, stacks, alone, bagged, feature.pooling)
+            grouped.setdefault(key if bagged else key[:-1], []).append(feature)
+        self.groups = [self._group(bundle, members) for members in grouped.values()]
+
+    def _stacked(self, bundle: Bundle) -> tuple[dict[str, str], dict[str, int]]:
+        """The stack that each table is in, and its first row there."""
+        members: dict[str, list[str]] = {}
+        for name, table in self.plan.tables.items():
+            members.setdefault(f"{table.precision}x{table.width}", []).append(name)
+        base: dict[str, int] = {}
+        for stack, names in members.items():
+            sizes = np.cumsum([0] + [self.plan.tables[name].num_rows for name in names]).tolist()
+            base |= dict(zip(names, sizes[:-1], strict=True))
+            self.add_module(stack, self.stack(Stored.of([bundle.tables[name] for name in names]), stack))
+        return {name: stack for stack, names in members.items() for name in names}, base
+
+    def stack(self, stored: Stored, name: str) -> nn.Module:
+        """What reads the rows of stacked tables: int64 [N] -> float32 [N, W]."""
+        return StoredTable(stored)
+
+    def _group(self, bundle: Bundle, features: Sequence[Feature]) -> Group:
+        encodings = [self.plan.encodings[feature.space] for feature in features]
+        first, space = encodings[0], features[0].space
+        made = f"group_of_{len(list(self.buffers(recurse=False)))}"
+
+        def keep(name: str, value: Tensor) -> str:
+            place = f"{made}_{name}"
+            self.register_buffer(place, value)
+            return place
+
+        each = [encoding.constants() for encoding in encodings]
+        constants = {name: keep(name, torch.tensor([one[name] for one in each])) for name in each[0]}
+        bases = torch.tensor([[self.base[name] for name in encoding.tables] for encoding in encodings])
+        limits = torch.tensor([[encoding.num_ids or 0] for encoding in encodings])
+        arrays = {
+            name: keep(f"array_{name}", torch.from_numpy(np.array(bundle.tables[f"{space}.{name}"])))
+            for name, spec in first.arrays().items()
+            if spec.serving
+        }
+        stacks = tuple(self.stack_of[name] for name in first.tables)
+        kept = keep("limits", limits), keep("bases", bases)
+        return Group(tuple(features), first, stacks, constants, *kept, arrays, self.bagged(features[0]))
+
+    def bagged(self, feature: Feature) -> bool:
+        """Whether a feature's ids come as bags that are pooled."""
+        return feature.pooling != "none" and feature.name not in self.single
+
+    def inputs(self) -> list[str]:
+        """The names of the inputs, in order."""
+        names = []
+        for feature in self.plan.features:
+            names.append(f"ids.{feature.name}")
+            if self.bagged(feature):
+                names += [f"offsets.{feature.name}"] + [f"weights.{feature.name}"] * self.weighted
+        return names
+
+    def outputs(self) -> list[str]:
+        """The names of the outputs, in order."""
+        return [f"vectors.{feature.name}" for feature in self.plan.features]
+
+    def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        """By output, float32 [B, D] where a feature's bags are pooled, else a vector per id [N, D].
+
+        Args:
+            inputs: as `inputs` names them: ids int64 [N]; offsets int64 [B + 1], bag b being
+                ids[offsets[b]:offsets[b + 1]]; weights float32 [N].
+        """
+        found: dict[str, Tensor] = {}
+        for group in self.groups:
+            found |= self._outputs(group, inputs)
+        return {name: found[name] for name in self.outputs()}
+
+    def _outputs(self, group: Group, inputs: Inputs) -> dict[str, Tensor]:
+        names = [feature.name for feature in group.features]
+        ids = [inputs[f"ids.{name}"] for name in names]
+        # shape[0], not len(): that would make constants of the lengths in an export.
+        sizes = [each.shape[0] for each in ids]
+        vectors = self.vectors(group, torch.cat(ids), sizes)
+        if group.bagged:
+            offsets = [inputs[f"offsets.{name}"] for name in names]
+            vectors = pool(vectors, offsets, sizes, group.features[0].pooling, _weights(names, inputs))
+            sizes = [each.shape[0] - 1 for each in offsets]
+        return {f"vectors.{name}": part for name, part in zip(names, _cut(vectors, sizes), strict=True)}
+
+    def vectors(self, group: Group, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+        """float32 [N, D]: the vectors of ids [N] of a group's features, which have as many ids each as `sizes` says."""
+        rows, arrays = self.rows(group, ids, sizes)
+        return group.encoding.combine(self.parts(group, rows), arrays)
+
+    def rows(self, group: Group, ids: Tensor, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """int64 [N, K]: where each part stands in its stack, -1 for a part that is not there; and the arrays."""
+        encoding, ids = group.encoding, ids.unsqueeze(1)
+        constants = {name: _spread(self.get_buffer(place), sizes) for name, place in group.constants.items()}
+        arrays = {name: self.get_buffer(place) for name, place in group.arrays.items()}
+        if encoding.num_ids is None:
+            rows = encoding.rows(ids, constants | arrays)
+        else:
+            outside = (ids < 0) | (ids >= _spread(self.get_buffer(group.limits), sizes))
+            rows = encoding.rows(torch.where(outside, NO_ROW, ids), constants | arrays)
+            rows = torch.where(outside, NO_ROW, rows)
+        if not group.stacks:
+            return rows, arrays
+        shifted = rows + _spread(self.get_buffer(group.bases), sizes)
+        return torch.where(rows < 0, -1, shifted) if encoding.may_skip else shifted, arrays
+
+    def parts(self, group: Group, rows: Tensor) -> Sequence[Tensor]:
+        """The K parts [N, W] of vectors, read from their tables."""
+        parts = []
+        for k, stack in enumerate(group.stacks):
+            table, asked = self.get_submodule(stack), rows[:, k]
+            if group.encoding.may_skip:  # a part that is not there is zero
+                parts.append(torch.where((asked >= 0).unsqueeze(1), table(asked.clamp(min=0)), 0.0))
+            else:
+                parts.append(table(asked))
+        return parts or [rows]
+
+
+def _weights(names: Sequence[str], inputs: Inputs) -> Tensor | None:
+    """float32 [N]: the weights of features' ids, where they have any."""
+    if f"weights.{names[0]}" not in inputs:
+        return None
+    return torch.cat([inputs[f"weights.{name}"] for name in names])
+
+
+def _spread(constants: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[N, K] from a constant of every feature [F, K]; [1, K] for one feature."""
+    if len(sizes) == 1:
+        return constants
+    each = zip(constants, sizes, strict=True)
+    return torch.cat([constant.unsqueeze(0).expand(size, -1) for constant, size in each])
+
+
+def _cut(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Pieces of the given lengths."""
+    if len(sizes) == 1:
+        return [values]
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(values.narrow(0, start, size))
+        start = start + size
+    return pieces
+
+
+def owners(ends: Tensor, total: int) -> Tensor:
+    """int64 [N]: the bag of each of N = `total` ids, from where each bag ends [B]; exporters know it all."""
+    marks = torch.zeros(total + 1, dtype=torch.int64, device=ends.device)
+    return marks.scatter_add(0, ends, torch.ones_like(ends)).cumsum(0)[:-1]
+
+
+def pool(
+    vectors: Tensor, offsets: Sequence[Tensor], sizes: Sequence[int], pooling: str, weights: Tensor | None = None
+) -> Tensor:
+    """float32 [F * B, D]: sums or means of (weighted) vectors [N, D] over bags; zeros for an empty bag.
+
+    Args:
+        vectors: feature after feature.
+        offsets: int64 [B + 1] of every feature.
+        sizes: ids of every feature.
+        pooling: "sum" or "mean".
+        weights: float32 [N], or None.
+    """
+    if weights is not None:
+        vectors = vectors * weights.unsqueeze(1)
+    ends, start = [], 0
+    for each, size in zip(offsets, sizes, strict=True):
+        ends.append(each[1:] + start)
+        start = start + size
+    last = torch.cat(ends)
+    bags = owners(last, vectors.shape[0])
+    sums = vectors.new_zeros(last.shape[0], vectors.shape[1]).index_put((bags,), vectors, accumulate=True)
+    if pooling == "sum":
+        return sums
+    return sums / torch.cat([each.diff() for each in offsets]).clamp(min=1).unsqueeze(1)

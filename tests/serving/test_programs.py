@@ -1,0 +1,281 @@
+"""Exported programs: ONNX and AOTInductor packages give the model's outputs, or are refused in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from laws import CASES, Case
+from serving.test_tables import bundle, largest
+from test_reader import mutated, put, sign, walk, write_signed
+
+import embtab as et
+from embtab import cli
+from embtab.errors import UserError
+from embtab.models.autoint import AutoInt
+from embtab.models.din import DIN
+from embtab.reader import Bundle
+from embtab.serving import exported
+from embtab.serving.exported import Program
+from embtab.serving.ranker import Ranker
+from embtab.serving.tables import ServedTables
+from embtab.signed import BundleError
+from embtab.training.checkpoint import description
+
+pytest.importorskip("onnxruntime")
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def agrees(case: Case, path: Path, precision: str, rows: int) -> None:
+    """Bags, weights and extreme ids of a case's tables under ONNX Runtime against the NumPy reader."""
+    opened = bundle(case, path / "bundle", precision)
+    module = ServedTables(opened, weighted=True)
+    exported.export(module, opened, path / "program", "onnx")
+    program = Program(path / "program")
+    given = exported.made_inputs(module, rows, np.random.default_rng(1))
+    assert largest(program.run(given), exported.outputs_of(module, opened, given)) < 1e-6
+    assert program.difference()[1]
+
+
+def test_onnx_gives_the_readers_vectors(tmp_path: Path) -> None:
+    agrees(case_named("mixed"), tmp_path, "int8", 3000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_onnx_gives_the_readers_vectors_for_every_method_on_1e5_ids(case: Case, precision: str, tmp_path: Path) -> None:
+    agrees(case, tmp_path, precision, 40_000)  # 2.5 ids a bag
+
+
+def test_integer_division_is_exact_above_2_to_the_53(tmp_path: Path) -> None:
+    n = 3 * 10**16 + 7
+    plan = et.plan([et.Feature("x", n)], {"name": "partitions", "parts": 4, "op": "sum"}, "1MB", dim=4)
+    et.save(et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0), tmp_path / "b")
+    opened = Bundle(tmp_path / "b")
+    exported.export(ServedTables(opened, single=["x"]), opened, tmp_path / "p", "onnx")
+    ids = np.random.default_rng(0).integers(0, n, 100_000)
+    ids[:5] = (0, n - 1, 2**53 + 1, 2**53 - 1, 2**24 + 1)
+    found = Program(tmp_path / "p").run({"ids.x": ids})["vectors.x"]
+    np.testing.assert_array_equal(found, opened.vectors("x", ids))
+    for wrong in (-1, n, 2**63 - 1):
+        with pytest.raises(Exception, match=r"(?i)out of"):
+            Program(tmp_path / "p").run({"ids.x": np.array([wrong])})
+
+
+def checkpoint(folder: Path, sequences: bool = False) -> Path:
+    """What `embtab fit` leaves: a checkpoint and the run's configuration."""
+    torch.manual_seed(0)
+    features = [et.Feature("user", 300), et.Feature("item", 90, id_space="items")]
+    if sequences:
+        features.append(et.Feature("seen", 90, pooling="none", id_space="items"))
+    plan = et.plan(features, {"user": "unified", "*": "qr"}, "0.5x", dim=8)
+    kind: Any = et.EmbeddingCollection if sequences else et.EmbeddingBagCollection
+    tables = kind(plan, backend="torch", init_std=1.0)
+    settings: dict[str, Any] = {"hidden": [8]} if sequences else {"attention_dim": 8, "num_layers": 1, "dnn": [8]}
+    model = DIN(2, 1, 1, 8, **settings) if sequences else AutoInt(2, 2, 8, **settings)
+    state = {f"tables.{name}": value for name, value in tables.state_dict().items()}
+    state |= {f"model.{name}": value for name, value in model.state_dict().items()}
+    path = folder / "run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": state, "embtab": description(plan, {"dense": ["a", "b"]}), "global_step": 1}, path)
+    name = "embtab.models.din.DIN" if sequences else "embtab.models.autoint.AutoInt"
+    config = {"model": {"model": {"class_path": name, "init_args": settings}}}
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
+def answered(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[str, str, int]:
+    try:
+        cli.main([str(argument) for argument in arguments])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return captured.out, captured.err, code
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_a_whole_ranker_becomes_onnx(sequences: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, out = checkpoint(tmp_path, sequences), tmp_path / "out"
+    _, error, code = answered(capsys, "export", source, out, "--format", "onnx", "--precision", "int8")
+    assert code == 0, error
+    text, error, code = answered(capsys, "verify", out)
+    assert code == 0, error
+    assert text.startswith("onnx: largest difference")
+    program = Program(out)
+    et.save(exported_tables(source), tmp_path / "b", precision="int8")
+    opened = Bundle(tmp_path / "b")
+    trained = exported_model(source)
+    module = Ranker(opened, trained, 2)
+    for rows in (2, 700):
+        given = exported.made_inputs(module, rows, np.random.default_rng(rows))
+        assert largest(program.run(given), module.expected(opened, given)) < 1e-5
+    described = program.config["inputs"]
+    assert described["dense"] == {"dtype": "float32", "shape": ["batch", 2]}
+    assert described["ids.item"]["shape"] == (["batch"] if sequences else ["ids of item"])
+    (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes() + b" ")
+    _, error, code = answered(capsys, "verify", out)
+    assert (code, error.count("\n")) == (2, 1)
+
+
+def exported_tables(source: Path) -> Any:
+    from embtab.training.checkpoint import load_tables
+
+    return load_tables(source)
+
+
+def exported_model(source: Path) -> torch.nn.Module:
+    from embtab.serving.ranker import load_trained
+
+    return load_trained(source).model
+
+
+RUN = """
+import sys, numpy as np
+from embtab.serving.exported import Program
+program = Program(sys.argv[1])
+worst, fine = program.difference()
+print(worst)
+sys.exit(not fine)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequences", [False, True])
+def test_a_whole_ranker_is_compiled_and_runs_in_a_fresh_process(sequences: bool, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path, sequences)
+    cli.main(["export", str(source), str(tmp_path / "out"), "--format", "aoti"])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5
+
+
+@pytest.mark.slow
+def test_weights_beyond_a_limit_go_to_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embtab.serving import onnx
+
+    monkeypatch.setattr(onnx, "MAX_INSIDE", 1000)
+    agrees(case_named("dense"), tmp_path, "fp32", 100)
+    assert (tmp_path / "program" / "model.onnx.data").stat().st_size > 6000 * 16 * 4
+
+
+def test_a_bundle_may_hold_its_tables_as_onnx(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "b"
+    _, error, code = answered(capsys, "export", checkpoint(tmp_path), out, "--precision", "int4", "--onnx")
+    assert code == 0, error
+    text, error, code = answered(capsys, "verify", out)
+    assert code == 0, error
+    assert text.split()[:6] == ["feature", "reader", "torch", "fbgemm", "quantised", "onnx"]
+    sign(out, put("gone.onnx", "programs", "onnx"))
+    _, error, code = answered(capsys, "verify", out)
+    assert (code, "'gone.onnx' is not listed" in error) == (2, True)
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = checkpoint(tmp_path)
+    config = tmp_path / "run" / "config.yaml"
+    other = {"model": {"model": {"class_path": "embtab.models.autoint.AutoInt", "init_args": {"dnn": [9]}}}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    (tmp_path / "wrong.yaml").write_text("model: {model: {class_path: pathlib.Path}}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("")
+    for more, match in (
+        (["--config", tmp_path / "none.yaml"], "no such file"),
+        (["--config", tmp_path / "other.yaml"], "not of the configured model"),
+        (["--config", tmp_path / "wrong.yaml"], "its model"),
+        (["--single", "nobody"], "no feature 'nobody'"),
+        (["--onnx"], "are of bundles"),
+    ):
+        _, error, code = answered(capsys, "export", source, tmp_path / "out", "--format", "onnx", *more)
+        assert (code, error.count("\n")) == (2, 1), error
+        assert match in error
+        assert not (tmp_path / "out").exists()
+    _, error, code = answered(capsys, "export", source, tmp_path / "full", "--format", "onnx")
+    assert (code, "already exists" in error) == (2, True)
+    config.unlink()
+    _, error, code = answered(capsys, "export", source, tmp_path / "out", "--format", "onnx")
+    assert (code, "--config" in error) == (2, True)
+
+
+def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = et.plan([et.Feature("x", 9)], dim=4)
+    et.save(et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0), tmp_path / "b")
+    opened = Bundle(tmp_path / "b")
+    module = ServedTables(opened)
+    true = exported.outputs_of(module, opened, exported.made_inputs(module, 16, np.random.default_rng(0)))
+    false = {name: array + 0.001 for name, array in true.items()}
+    monkeypatch.setattr(exported, "outputs_of", lambda *_: false)
+    with pytest.raises(UserError, match="differs from the model"):
+        exported.export(module, opened, tmp_path / "p", "onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"b"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("program")
+    plan = et.plan([et.Feature("user", 300)], "hash", "0.5x", dim=4)
+    et.save(et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0), folder / "b")
+    opened = Bundle(folder / "b")
+    exported.export(ServedTables(opened), opened, folder / "p", "onnx")
+    return folder / "p"
+
+
+def fuzz(original: Path, path: Path, rounds: int) -> None:
+    shutil.copytree(original, path)
+    chance, names = Random(0), sorted(file.name for file in original.iterdir())
+    for _ in range(rounds):
+        name = chance.choice([*names, "config.json"])
+        content = (original / name).read_bytes()
+        damaged = mutated(content, chance)
+        (path / name).write_bytes(damaged)
+        if damaged != content:
+            with pytest.raises(BundleError, match="p/") as caught:
+                Program(path)
+            assert "\n" not in str(caught.value)
+        (path / name).write_bytes(content)
+
+
+def fuzz_signed(original: Path, path: Path, rounds: int) -> None:
+    """Edits that are signed anew, of the description and of the ONNX file: refused, found by verify, or harmless."""
+    chance = Random(1)
+    values = [None, True, -1, 0, 2**62, 1.5, "", "../x", "aoti", [], {}, "x" * 500]
+    text, onnx = (original / "config.json").read_text(), (original / "model.onnx").read_bytes()
+    for _ in range(rounds):
+        if chance.random() < 0.5:
+            (path / "model.onnx").write_bytes(mutated(onnx, chance))
+            sign(path)
+        else:
+            config = json.loads(text)
+            place = chance.choice(list(walk({key: value for key, value in config.items() if key != "sha256"})))
+            put(chance.choice(values), *place)(config)
+            write_signed(path / "config.json", json.dumps(config))
+        try:
+            Program(path).difference()
+        except UserError as error:
+            assert "\n" not in str(error)
+        (path / "model.onnx").write_bytes(onnx)
+        (path / "config.json").write_text(text)
+
+
+def test_damage_is_refused(original: Path, tmp_path: Path) -> None:
+    fuzz(original, tmp_path / "p", 200)
+    fuzz_signed(original, tmp_path / "p", 100)
+
+
+@pytest.mark.slow
+def test_much_damage_is_refused(original: Path, tmp_path: Path) -> None:
+    fuzz(original, tmp_path / "p", 2000)
+    fuzz_signed(original, tmp_path / "p", 1000)

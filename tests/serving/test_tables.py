@@ -1,0 +1,97 @@
+"""Tables for serving: every method, precision and form gives the NumPy reader's vectors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from laws import CASES, FEATURES, Bags, Case, adapted, single_ids
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import embtab as et
+from embtab.errors import UserError
+from embtab.methods import PRECISIONS
+from embtab.reader import Bundle
+from embtab.serving import exported
+from embtab.serving.quantised import QuantisedCollection, QuantisedTables
+from embtab.serving.tables import ServedTables
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def bundle(case: Case, path: Path, precision: str = "fp32") -> Bundle:
+    torch.manual_seed(0)
+    tables = adapted(et.EmbeddingBagCollection(case.plan(), backend="torch", init_std=1.0))
+    et.save(tables, path, precision=precision)
+    return Bundle(path)
+
+
+def largest(found: exported.Arrays, expected: exported.Arrays) -> float:
+    """The largest difference, in units of the largest number where that is above one."""
+    size = max(1.0, *(float(np.abs(array).max(initial=0)) for array in expected.values()))
+    return max(float(np.abs(found[name] - array).max(initial=0)) for name, array in expected.items()) / size
+
+
+@every_case
+def test_bags_and_weights_are_the_readers_in_every_precision(case: Case, tmp_path: Path) -> None:
+    for precision in PRECISIONS:
+        opened = bundle(case, tmp_path / precision, precision)
+        for module in (ServedTables(opened, weighted=True), QuantisedTables(opened, weighted=True)):
+            given = exported.made_inputs(module, 100, np.random.default_rng(0))
+            expected = exported.outputs_of(module, opened, given)
+            assert list(expected) == [f"vectors.{feature.name}" for feature in FEATURES]
+            assert largest(exported.eager(module)(given), expected) < 1e-6
+
+
+@every_case
+def test_quantised_rows_are_not_quantised_again(case: Case, tmp_path: Path) -> None:
+    """Bit for bit where vectors are rows side by side; combined ones differ by the order of sums at most."""
+    exact = case.name not in ("tt", "dhe", "lowrank") and not case.name.startswith("mixed_dim")
+    for precision in ("int8", "int4", "fp16"):
+        opened = bundle(case, tmp_path / precision, precision)
+        ids = {f.name: np.random.default_rng(1).integers(0, f.num_ids, 500) for f in FEATURES}
+        found = QuantisedCollection(opened)(single_ids(ids)).to_dict()
+        for name, each in ids.items():
+            expected = opened.vectors(name, each)
+            np.testing.assert_allclose(found[name], expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
+
+
+def test_quantised_tables_take_keyed_jagged_tensors(tmp_path: Path) -> None:
+    opened = bundle(next(case for case in CASES if case.name == "unified"), tmp_path / "b", "int8")
+    bags = Bags({f.name: [[(1, 0.5), (2, -1.0)], [], [(2, 2.0)] * 3] for f in FEATURES})
+    module = QuantisedCollection(tmp_path / "b")
+    for weighted in (True, False):
+        found = module(bags.kjt(weighted))
+        for name in opened.features:
+            ids, offsets, weights = bags.arrays(name)
+            expected = opened.lookup(name, ids, offsets, weights if weighted else None)
+            np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    with pytest.raises(UserError, match="'colour' is not in the batch"):
+        module(KeyedJaggedTensor(["shop"], torch.tensor([1]), lengths=torch.tensor([1])))
+
+
+def test_histories_keep_a_vector_per_id(tmp_path: Path) -> None:
+    plan = et.plan([et.Feature("item", 500), et.Feature("seen", 500, pooling="none")], "hash", "0.3x", precision="int8")
+    et.save(et.EmbeddingCollection(plan, backend="torch", init_std=1.0), tmp_path / "b")
+    opened = Bundle(tmp_path / "b")
+    kjt = KeyedJaggedTensor(["item", "seen"], torch.arange(7), lengths=torch.tensor([1, 1, 0, 5]))
+    found = QuantisedCollection(opened)(kjt)
+    np.testing.assert_array_equal(found["seen"].values(), opened.vectors("seen", np.arange(2, 7)))
+    np.testing.assert_array_equal(found["seen"].lengths(), [0, 5])
+
+
+@pytest.mark.parametrize("method", ["dense", "qr", "tt", {"name": "mixed_dim", "blocks": 4}], ids=str)
+@pytest.mark.parametrize("wrong", [-1, 60, 2**40, 2**63 - 1, -(2**63)])
+def test_an_id_out_of_range_is_an_error(method: object, wrong: int, tmp_path: Path) -> None:
+    counted = {"user": 60 - np.arange(60), "item": 90 - np.arange(90)}
+    features = [et.Feature(name, len(counts), counts=counts) for name, counts in counted.items()]
+    plan = et.plan(features, method, None if method == "dense" else "0.6x", dim=8)
+    et.save(et.EmbeddingBagCollection(plan, backend="torch"), tmp_path / "b")
+    opened = Bundle(tmp_path / "b")
+    given = {"ids.user": torch.tensor([3, wrong]), "ids.item": torch.tensor([3, 4])}
+    with pytest.raises((IndexError, RuntimeError)):
+        ServedTables(opened, single=["user", "item"])(given)
+    with pytest.raises(UserError, match=rf"'user': id {wrong} is outside \[0, 60\)"):
+        QuantisedTables(opened, single=["user", "item"])(given)
+    with pytest.raises(UserError, match="no feature 'nobody'"):
+        ServedTables(opened, single=["nobody"])
