@@ -23,8 +23,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import embtab as et
 from embtab.errors import UserError
 from embtab.sharding import checkpoint as folders
+from embtab.sharding.placement import KINDS
 from embtab.sharding.processes import first_says
 from embtab.sharding.strategy import gathered, shard
+from embtab.sharding.traffic import measured
 
 BAGS = 4  # of every batch, over all processes
 STEPS = 6
@@ -206,6 +208,9 @@ def refusals(rank: int, world_size: int, port: int, folder: str) -> None:
         values = gathered(unmade).lookup.state_dict()
         seen[f"drawn {plan}"] = all(torch.equal(values[key], value) for key, value in drawn.lookup.state_dict().items())
     seen["peak"] = peak_of_a_large_table()
+    seen["sent"] = {
+        (kind, pooled): measured(kind, 3, 16, 2, 6, 64, pooled) for kind in KINDS for pooled in (True, False)
+    }
     broken = et.EmbeddingBagCollection(SOON[0].plan())
     shard(broken, "row_wise", torch.device("cpu"))
     if rank == 0:

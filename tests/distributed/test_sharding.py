@@ -12,6 +12,7 @@ from embtab.errors import UserError
 from embtab.lookup import Optimizer
 from embtab.methods import Table
 from embtab.sharding import checkpoint as folders
+from embtab.sharding.cost import sizes_traffic, slot_traffic
 from embtab.sharding.offline import describe_shards
 from embtab.sharding.placement import kinds, sharders
 from embtab.training.checkpoint import read_checkpoint
@@ -48,6 +49,12 @@ def test_two_processes_write_and_two_or_four_go_on(tmp_path):
         check_resumed(tmp_path, world_size)
 
 
+def predicted(kind: str, pooled: bool) -> int:
+    """Bytes that two processes send: three features, 16 bags of 2 ids each, width 6, 64 rows."""
+    one = slot_traffic(kind, 2, 16, 2, 6, 64, pooled=pooled, parts=2)
+    return 3 * one.total + (0 if kind == "data_parallel" else sizes_traffic(2).total)
+
+
 @pytest.mark.distributed
 def test_what_cannot_be_is_refused_on_every_rank(tmp_path):
     sharded.spawn(sharded.refusals, 2, str(tmp_path))
@@ -64,6 +71,7 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path):
             assert seen[f"drawn {plan}"], f"{plan}: other first values than in one piece"
         assert "hold no rows" in seen["unmade"]
         assert seen["peak"] < 0.75 * sharded.LARGE, "half a table each"
+        assert seen["sent"] == {case: predicted(*case) for case in seen["sent"]}
         assert "unwritten" in seen
         assert seen["survives"], "a checkpoint that failed to be written replaced the one before"
 
