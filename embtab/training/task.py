@@ -96,6 +96,11 @@ class RankingTask(L.LightningModule):
         """Keeps logits, labels and users for the end of the epoch."""
         self._keep(batch)
 
+    def on_test_start(self) -> None:
+        """Rounds the tables to what serving will read; tables that a strategy has sharded are measured as trained."""
+        if isinstance(self.tables, EmbeddingBagCollection):
+            self.tables.round_to_served()
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps logits, labels and users for the end of the epoch."""
         self._keep(batch)
@@ -163,6 +168,9 @@ class FitTask(RankingTask):
         budget: serving bytes, such as "8MB" or "0.1x" (of the dense tables); no limit if null.
         dim: width of every embedding.
         seed: of the hashes.
+        precision: of the served rows: fp32, fp16, int8 or int4; null for fp32, and for what method "auto" chooses.
+            Training is in fp32; `test` measures rows as they are served.
+        init_std: standard deviation of the entries of fresh vectors.
         backend: "fbgemm" trains tables inside backward by `table_optimizer`; "torch" trains them by Adam at `lr`.
         table_optimizer: "rowwise_adagrad", "adagrad" or "sgd"; for the fbgemm backend.
         table_lr: its learning rate.
@@ -181,6 +189,8 @@ class FitTask(RankingTask):
         budget: int | str | None = None,
         dim: int = 16,
         seed: int = 0,
+        precision: str | None = None,
+        init_std: float = 0.01,
         backend: str = "fbgemm",
         table_optimizer: str = "rowwise_adagrad",
         table_lr: float = 0.05,
@@ -189,9 +199,9 @@ class FitTask(RankingTask):
         model: Callable[[int, int, int], nn.Module] = AutoInt,
     ):
         dataset = Dataset.load(data)
-        planned = plan(read_features(data), method, budget, dim, seed)
+        planned = plan(read_features(data), method, budget, dim, seed, precision)
         optimizer = Optimizer(table_optimizer, table_lr) if backend == "fbgemm" else None
-        tables = EmbeddingBagCollection(planned, backend, optimizer)
+        tables = EmbeddingBagCollection(planned, backend, optimizer, init_std)
         super().__init__(tables, model(len(dataset.dense), len(dataset.features), dim), lr, weight_decay)
         self.about = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "dense": list(dataset.dense)}
 

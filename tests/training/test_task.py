@@ -18,6 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from embtab.datasets.reader import ParquetBatches
 from embtab.errors import UserError
 from embtab.models import AutoInt
+from embtab.quantise import served
 from embtab.training import metrics
 from embtab.training.checkpoint import load_tables, read_checkpoint
 from embtab.training.data import DataModule
@@ -75,6 +76,18 @@ def test_every_method_trains(toy, tmp_path, method):
     trainer(tmp_path).fit(learner, data)
     changed = [not torch.equal(a, b) for a, b in zip(before, learner.tables.state_dict().values(), strict=True)]
     assert all(changed)
+
+
+def test_the_test_measures_rows_as_they_are_served(toy, tmp_path):
+    learner, data = task(toy, precision="int4", init_std=0.3, table_lr=0.5), DataModule(str(toy), BATCH)
+    run = trainer(tmp_path)
+    run.fit(learner, data)
+    trained = {name: learner.tables.lookup.table(name).clone() for name in learner.tables.plan.tables}
+    run.test(learner, data, verbose=False)
+    for name, rows in trained.items():
+        rounded = torch.as_tensor(served(rows, "int4"))
+        assert not torch.equal(rows, rounded)
+        assert torch.equal(learner.tables.lookup.table(name), rounded)
 
 
 def test_logged_metrics_are_those_of_all_rows(toy, tmp_path):
