@@ -359,4 +359,7 @@ def _assembled(
         for name in encoding.tables:
             if name not in by_name:
                 raise UserError(f"feature {space!r} reads a table {name!r} that the plan does not have")
+        for name in encoding.arrays():
+            if f"{space}.{name}" in by_name:
+                raise UserError(f"feature {space!r} has an array {name!r}, so no table may be called {space}.{name}")
     return Plan(features, dict(encodings), by_name, dim, seed, budget)

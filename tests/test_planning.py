@@ -166,3 +166,9 @@ def test_sizes(size: object, nbytes: int) -> None:
     from embtab.sizes import parse_bytes
 
     assert parse_bytes(size, dense_bytes=100) == nbytes
+
+
+def test_a_table_that_would_carry_the_name_of_an_array_is_refused() -> None:
+    features = [et.Feature("user", 5000), et.Feature("user.projection", 9)]
+    with pytest.raises(UserError, match=r"feature 'user' has an array 'projection', so no table may be called user\.p"):
+        et.plan(features, {"user": "lowrank", "*": "dense"}, "0.5x")
