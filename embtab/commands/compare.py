@@ -12,7 +12,7 @@ from embtab.errors import UserError
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Arguments of embtab compare."""
     parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="what to compare")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results.csv and report.md; resumes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the report and results.csv; resumes")
     parser.add_argument("--data", help="a dataset folder, in place of the configuration's")
     parser.add_argument("--seeds", help="such as 0,1,2, in place of the configuration's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default %(default)s)")
@@ -20,8 +20,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from embtab.compare.run import compare
-    from embtab.compare.sweep import read_sweep
+    from embtab.sequences.study import is_study
 
     if arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
@@ -29,6 +28,25 @@ def _compare(arguments: argparse.Namespace) -> None:
         seeds = None if arguments.seeds is None else [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
         raise UserError(f"--seeds {arguments.seeds!r}: write whole numbers, such as 0,1,2") from None
-    sweep = read_sweep(arguments.config, data=arguments.data, seeds=seeds)
-    print(compare(sweep, arguments.out, arguments.jobs))
-    print(f"{arguments.out}/report.md and {arguments.out}/results.csv", file=sys.stderr)
+    run = _sequences if is_study(arguments.config) else _features
+    print(run(arguments, seeds))
+
+
+def _features(arguments: argparse.Namespace, seeds: list[int] | None) -> str:
+    from embtab.compare.run import compare
+    from embtab.compare.sweep import read_sweep
+
+    text = compare(read_sweep(arguments.config, data=arguments.data, seeds=seeds), arguments.out, arguments.jobs)
+    print(f"report: {arguments.out}/report.html (and report.md, results.csv, results.parquet)", file=sys.stderr)
+    return text
+
+
+def _sequences(arguments: argparse.Namespace, seeds: list[int] | None) -> str:
+    from embtab.sequences.run import run_study
+    from embtab.sequences.study import read_study
+
+    if arguments.jobs > 1:
+        raise UserError("--jobs: sequence models are trained one after the other; leave it out")
+    text = run_study(read_study(arguments.config, data=arguments.data, seeds=seeds), arguments.out)
+    print(f"report: {arguments.out}/report.md (and results.csv)", file=sys.stderr)
+    return text

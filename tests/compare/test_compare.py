@@ -3,19 +3,26 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import embtab.compare.report
 import embtab.compare.train
-from embtab.compare.run import compare
+import embtab.compare.workers
+from embtab.compare.run import compare, seconds_left
 from embtab.compare.statistics import mean_interval
 from embtab.compare.sweep import Sweep, label, read_sweep
+from embtab.compare.workers import Job, outcomes
 from embtab.datasets import synthetic
 from embtab.errors import UserError
+from embtab.features import read_features
 from embtab.files import locked
+from embtab.planning import plan
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +122,49 @@ def test_a_failing_cell_is_recorded_and_tried_again(data: str, tmp_path: Path, m
     monkeypatch.setattr(embtab.compare.train, "train", real)
     compare(sweep, tmp_path)
     assert {row["status"] for row in rows_in(tmp_path)} == {"ok"}
+
+
+def test_every_ranker_has_its_own_cells_and_section(data: str, tmp_path: Path) -> None:
+    models = ({"name": "AutoInt", "num_layers": 0, "dnn": [4]}, {"name": "AutoInt", "num_layers": 0, "dnn": []})
+    report = compare(sweep_of(data, methods=("dense", "hash"), budgets=("0.3x",), model=models), tmp_path)
+    rows = rows_in(tmp_path)
+    assert [json.loads(row["training"])["model"]["dnn"] for row in rows] == [[4]] * 3 + [[]] * 3
+    assert len({row["auc"] for row in rows if row["method"] == "hash"}) == 2
+    assert "# AutoInt dnn=[4] num_layers=0\n" in report
+    assert "# AutoInt dnn=[] num_layers=0\n" in report
+    typed = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [row["auc"] for row in typed] == [float(row["auc"]) for row in rows]
+    assert [row["nbytes"] for row in typed] == [int(row["nbytes"]) for row in rows]
+
+
+def die(sweep, plans, seed, show=False):
+    """Stands for a process that the system kills: hashed tables end it, others have a result."""
+    if any(e.method == "hash" for plan in plans.values() for e in plan.encodings.values()):
+        os._exit(9)
+    return {name: {"auc": 0.5} for name in plans}
+
+
+def test_a_process_that_dies_is_found_and_the_others_have_their_results(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embtab.compare.train, "train", die)
+    monkeypatch.setattr(embtab.compare.workers, "get_context", lambda kind: multiprocessing.get_context("fork"))
+    features = read_features(data)
+    jobs = {
+        name: Job(sweep_of(data), {f"{name} key": plan(features, name, "0.3x", 4)}, 0)
+        for name in ("unified", "hash", "qr", "memcom")
+    }
+    found = {key: next(iter(rows.values())) for key, _, rows in outcomes(jobs, 2)}
+    assert set(found) == set(jobs)
+    assert {key: row["status"] for key, row in found.items()} == dict.fromkeys(jobs, "ok") | {"hash": "failed"}
+    assert found["hash"]["error"] == "the process died; did it run out of memory?"
+
+
+def test_the_time_that_is_left() -> None:
+    assert seconds_left([10.0, 20.0], runs=4, jobs=1) == 60
+    assert seconds_left([10.0, 20.0], runs=4, jobs=2) == 30
+    assert seconds_left([10.0, 20.0], runs=1, jobs=8) == 15  # the last run takes as long as any
+    assert seconds_left([10.0], runs=0, jobs=2) == 0
 
 
 def test_two_processes_do_not_write_to_one_folder(data: str, tmp_path: Path) -> None:
