@@ -10,7 +10,7 @@ config.json             everything else, with the sha256 of every file; written 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -269,6 +269,7 @@ def load(
     path: str | Path,
     backend: str = "torch",
     collection: type[C] = EmbeddingBagCollection,  # type: ignore[assignment]
+    deltas: Sequence[str | Path] = (),
 ) -> C:
     """The tables of a bundle, with the values that serving reads; sha256 of all files compared.
 
@@ -276,11 +277,12 @@ def load(
         path: a folder that `save` wrote.
         backend: "torch" or "fbgemm".
         collection: `EmbeddingCollection` for vectors that are not pooled.
+        deltas: folders that `save_delta` wrote, in order.
 
     Raises:
         UserError: when the bundle is damaged, or comes from a method that this embtab does not have.
     """
-    opened = Bundle(path)
+    opened = Bundle(path, deltas=deltas)
     tables = collection(Plan.from_dict(opened.plan), backend=backend)
     for name in tables.plan.tables:
         rows, target = opened.tables[name], tables.lookup.table(name)

@@ -102,8 +102,12 @@ def _described(config: Config) -> dict[str, Any]:
     return described
 
 
-def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, mapped read-only: nothing but the header is read.
+def map_tensors(path: Path, writable: bool = False) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, mapped: nothing but the header is read.
+
+    Args:
+        path: the file.
+        writable: whether tensors may be written to, which changes memory and never the file.
 
     Raises:
         BundleError: when the header is damaged, or claims what the file does not hold.
@@ -116,7 +120,7 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         header = parse_json(file.read(length), path)
     header.pop("__metadata__", None)
     start = 8 + length
-    content = np.asarray(np.memmap(path, np.uint8, "r")) if size else np.empty(0, np.uint8)
+    content = np.asarray(np.memmap(path, np.uint8, "c" if writable else "r")) if size else np.empty(0, np.uint8)
     tensors, end = {}, 0
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -134,7 +138,7 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def open_tensors(folder: Path, described: Config) -> dict[str, np.ndarray]:
+def open_tensors(folder: Path, described: Config, writable: bool = False) -> dict[str, np.ndarray]:
     """Every tensor of "tensors", mapped; exactly these, of these types and shapes.
 
     Raises:
@@ -142,7 +146,7 @@ def open_tensors(folder: Path, described: Config) -> dict[str, np.ndarray]:
     """
     found: dict[str, np.ndarray] = {}
     for file in dict.fromkeys(entry["file"] for entry in described.values()):
-        held = map_tensors(folder / file)
+        held = map_tensors(folder / file, writable)
         for name, tensor in held.items():
             entry = described.get(name)
             if entry is None or entry["file"] != file:

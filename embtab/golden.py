@@ -51,8 +51,9 @@ def read(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
     Raises:
         BundleError: when one is missing.
     """
-    held = map_tensors(bundle.path / FILE)
-    check_finite(held, bundle.path)
+    folder = bundle.deltas[-1].path if bundle.deltas else bundle.path
+    held = map_tensors(folder / FILE)
+    check_finite(held, folder)
     pooled = {entry["name"]: entry["pooling"] != "none" for entry in bundle.plan["features"]}
     try:
         return {
@@ -60,7 +61,7 @@ def read(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
             for name in bundle.features
         }
     except KeyError as error:
-        raise BundleError(f"{bundle.path}: no golden tensor {error}") from None
+        raise BundleError(f"{folder}: no golden tensor {error}") from None
 
 
 def reader_answers(bundle: Bundle) -> Answer:
@@ -85,7 +86,7 @@ def tolerance(outputs: Mapping[str, Arrays]) -> dict[str, float]:
 
 def differences(bundle: Bundle, answer: Answer) -> dict[str, tuple[float, bool]]:
     """By feature, the largest absolute difference from the golden vectors, and whether all lie within tolerance."""
-    allowed = bundle.config["golden"]
+    allowed = (bundle.deltas[-1] if bundle.deltas else bundle).config["golden"]
     found = {}
     for feature, golden in read(bundle).items():
         worst, fine = 0.0, True

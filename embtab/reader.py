@@ -18,6 +18,7 @@ import numpy as np
 
 from embtab.bundle_files import check_finite, map_tensors, open_tensors, read_config
 from embtab.decoders import DECODERS, Tables
+from embtab.delta import applied
 from embtab.rows import Rows
 from embtab.signed import BundleError, check_files
 
@@ -97,19 +98,23 @@ class Bundle:
         path: the folder that `embtab.save` or `embtab export` wrote.
         verify: read everything once to compare it with its sha256 and to find NaN, which takes about a second per
             gigabyte; without it only names, sizes and headers are checked.
+        deltas: folders that `embtab export --since` wrote, in order. Their rows take the place of the bundle's, in
+            memory: about what they changed.
 
     Raises:
-        BundleError: when a file is missing, altered, or not what config.json says.
+        BundleError: when a file is missing, altered, or not what config.json says, or a delta is for another bundle.
     """
 
-    def __init__(self, path: str | Path, verify: bool = True) -> None:
+    def __init__(self, path: str | Path, verify: bool = True, deltas: Sequence[str | Path] = ()) -> None:
         self.path = Path(path)
         self.config = read_config(self.path)
         check_files(self.path, self.config, verify)
         self.plan: Mapping[str, Any] = self.config["plan"]
-        tensors = open_tensors(self.path, self.config["tensors"])
+        tensors = open_tensors(self.path, self.config["tensors"], writable=bool(deltas))
         if verify:
             check_finite(tensors, self.path)
+        self.deltas, self.digest = applied(tensors, self.config["sha256"], deltas, verify)
+        self.tensors: Tables = tensors
         self.tables: Mapping[str, Any] = physical(self.plan, tensors)
         self.features = [entry["name"] for entry in self.plan["features"]]
 
@@ -118,6 +123,7 @@ class Bundle:
         """A bundle that is being written: what `lookup` needs, without config.json."""
         made = cls.__new__(cls)
         made.path, made.config, made.plan, made.tables = path, {"files": {}}, plan, tables
+        made.deltas = []
         made.features = [entry["name"] for entry in plan["features"]]
         return made
 

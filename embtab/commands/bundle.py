@@ -12,6 +12,7 @@ from embtab.errors import UserError
 from embtab.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from embtab.collections import EmbeddingBagCollection
     from embtab.reader import Bundle
 
 __all__ = ["add_export", "add_import", "add_inspect", "add_verify"]
@@ -35,6 +36,10 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--single", action="append", default=[], metavar="FEATURE",
         help="has one id in every row, so a program takes no offsets of it; repeatable, 'all' for all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--since", type=Path, action="append", default=[], metavar="BUNDLE",
+        help="write only the rows that changed since this bundle; repeat for the deltas made after it, in order",
     )  # fmt: skip
     parser.add_argument("--vocab", type=Path, metavar="DIR", help="take the vocabularies of this dataset folder along")
     _add_written(parser)
@@ -64,7 +69,9 @@ def _export(arguments: argparse.Namespace) -> None:
     from embtab.signed import CONFIG
 
     is_bundle = (arguments.source / CONFIG).is_file()
-    if arguments.format in ("onnx", "aoti"):
+    if arguments.since:
+        _export_delta(arguments, is_bundle)
+    elif arguments.format in ("onnx", "aoti"):
         _export_program(arguments, is_bundle)
     elif arguments.config or arguments.single:
         raise UserError("--config and --single are of --format onnx and aoti; leave them out here")
@@ -74,7 +81,29 @@ def _export(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.source}: is a bundle already; choose another --format, or give a checkpoint")
     else:
         _export_bundle(arguments)
-    _say_written(arguments.out, arguments.format)
+    _say_written(arguments.out, "delta" if arguments.since else arguments.format)
+
+
+def _export_delta(arguments: argparse.Namespace, is_bundle: bool) -> None:
+    from embtab.bundle import refuse_existing
+    from embtab.since import save_delta
+    from embtab.training.checkpoint import described, load_tables, read_checkpoint
+
+    given = (
+        arguments.overwrite,
+        arguments.precision,
+        arguments.vocab,
+        arguments.onnx,
+        arguments.config,
+        arguments.single,
+    )
+    if arguments.format != "bundle" or any(given) or is_bundle:
+        raise UserError("--since takes a checkpoint, writes a delta, and goes with no other option but --quality")
+    refuse_existing(arguments.out, overwrite=False)
+    about = described(read_checkpoint(arguments.source), arguments.source)["about"]
+    tables = load_tables(arguments.source)
+    counts = save_delta(tables, arguments.out, arguments.since, quality=_quality(arguments.quality), provenance=about)
+    print(table([("tensor", "rows changed"), *((name, f"{count}") for name, count in counts.items())]))
 
 
 def _export_program(arguments: argparse.Namespace, is_bundle: bool) -> None:
@@ -168,6 +197,15 @@ def add_import(parser: argparse.ArgumentParser) -> None:
         "--pattern",
         help="regular expression for names of tensors; its first group is the feature (default: the whole name)",
     )
+    parser.add_argument(
+        "--ranker", type=Path, metavar="CKPT", help="trained on the dense tables: say what the import costs in test AUC"
+    )
+    parser.add_argument("--config", type=Path, help="of the ranker's run (default: config.yaml in its run)")
+    parser.add_argument("--fine-tune", type=int, default=0, metavar="EPOCHS", help="train the tables under the ranker")
+    parser.add_argument(
+        "--table-lr", type=float, default=0.02, help="of the tables, to fine-tune (default %(default)s)"
+    )
+    parser.add_argument("--lr", type=float, default=0.001, help="of their projections and such (default %(default)s)")
     _add_written(parser)
     parser.set_defaults(run=_import)
 
@@ -180,6 +218,10 @@ def _import(arguments: argparse.Namespace) -> None:
     from embtab.planning import plan
 
     refuse_existing(arguments.out, arguments.overwrite)
+    if arguments.fine_tune and not arguments.ranker:
+        raise UserError("--fine-tune needs the ranker that was trained on the dense tables; give it by --ranker")
+    if arguments.ranker and not arguments.data:
+        raise UserError("--ranker needs data to measure on; give a dataset folder by --data")
     weights = read_dense(arguments.dense, arguments.pattern)
     features = features_of(weights, arguments.data)
     dim = next(iter(weights.values())).shape[1]
@@ -188,9 +230,36 @@ def _import(arguments: argparse.Namespace) -> None:
     planned = plan(features, arguments.method, arguments.budget, dim, arguments.seed, precision, **options)
     print(planned.describe())
     tables = from_dense(weights, planned)
+    quality = _quality(arguments.quality)
+    if arguments.ranker:
+        tables, measured = _under_its_ranker(arguments, tables)
+        quality |= measured
     origin = {"imported_from": [path.name for path in arguments.dense]}
-    save(tables, arguments.out, quality=_quality(arguments.quality), provenance=origin, overwrite=arguments.overwrite)
+    save(tables, arguments.out, quality=quality, provenance=origin, overwrite=arguments.overwrite)
     counts = {space.name: space.counts for space in id_spaces(features)}
     errors = reconstruction_errors(load(arguments.out), weights, counts)
     print(table([("feature", "relative error"), *((name, f"{error:.4f}") for name, error in errors.items())]))
     _say_written(arguments.out)
+
+
+def _under_its_ranker(
+    arguments: argparse.Namespace, tables: EmbeddingBagCollection
+) -> tuple[EmbeddingBagCollection, dict[str, float]]:
+    """The tables, fine-tuned where asked for, and their test AUC beside that of the ranker's own."""
+    from embtab.serving.ranker import load_trained
+    from embtab.transplant import auc_of, fine_tuned
+
+    trained = load_trained(arguments.ranker, arguments.config)
+    names = [feature.name for feature in trained.tables.plan.features]
+    if names != [feature.name for feature in tables.plan.features]:
+        raise UserError(f"{arguments.ranker}: its ranker reads {', '.join(names)}; import a table for each of them")
+    tables.round_to_served()
+    found = {"auc_dense": auc_of(trained.tables, trained.model, arguments.data)}
+    found["auc_imported"] = auc_of(tables, trained.model, arguments.data)
+    if arguments.fine_tune:
+        settings = {"lr": arguments.lr, "table_lr": arguments.table_lr, "seed": arguments.seed}
+        tables = fine_tuned(tables, trained.model, arguments.data, arguments.fine_tune, **settings)
+        found["auc_fine_tuned"] = auc_of(tables, trained.model, arguments.data)
+    for name, value in found.items():
+        print(f"{name}: {value:.4f} ({value - found['auc_dense']:+.4f})")
+    return tables, found

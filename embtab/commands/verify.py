@@ -18,17 +18,24 @@ if TYPE_CHECKING:
 def add_verify(parser: argparse.ArgumentParser) -> None:
     """Arguments of embtab verify BUNDLE."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder that `embtab export` wrote")
+    parser.add_argument(
+        "--delta",
+        type=Path,
+        action="append",
+        default=[],
+        help="apply this delta first; repeat in order of their making",
+    )
     parser.set_defaults(run=_verify)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    if _is_program(arguments.bundle):
+    if _is_program(arguments.bundle) and not arguments.delta:
         _verify_program(arguments.bundle)
         return
     from embtab import golden
     from embtab.reader import Bundle
 
-    opened = Bundle(arguments.bundle)
+    opened = Bundle(arguments.bundle, deltas=arguments.delta)
     found = {name: golden.differences(opened, answer) for name, answer in _decoders(opened).items()}
     rows = [("feature", *found)]
     rows += [(feature, *(f"{found[name][feature][0]:.2g}" for name in found)) for feature in opened.features]
@@ -68,12 +75,13 @@ def _decoders(opened: Bundle) -> dict[str, Answer]:
     from embtab.serving.exported import eager, golden_answers, program_inside
     from embtab.serving.quantised import QuantisedTables
 
+    deltas = [delta.path for delta in opened.deltas]
     sequences = any(entry["pooling"] == "none" for entry in opened.plan["features"])
     kind = EmbeddingCollection if sequences else EmbeddingBagCollection
     found = {"reader": reader_answers(opened)}
-    found |= {backend: torch_answers(load(opened.path, backend, kind)) for backend in ("torch", "fbgemm")}
+    found |= {backend: torch_answers(load(opened.path, backend, kind, deltas)) for backend in ("torch", "fbgemm")}
     found["quantised"] = golden_answers(eager(QuantisedTables(opened, weighted=True)), opened.plan)
-    program = program_inside(opened)
+    program = None if deltas else program_inside(opened)  # which holds the rows of the base
     return found if program is None else {**found, "onnx": golden_answers(program, opened.plan)}
 
 
