@@ -23,7 +23,7 @@ from embtab.sharding.traffic import measured
 HERE = Path(__file__).parent
 POINTS = HERE / "scaling.json"
 FEATURES, BATCH, IDS, WIDTH, ROWS = 26, 64, 1, 16, 4096
-KINDS = {"row_wise": "C3", "column_wise": "C1", "table_wise": "C0", "data_parallel": "C2"}
+KINDS = {"row_wise": "C3", "row_wise_ids": "C5", "column_wise": "C1", "table_wise": "C0", "data_parallel": "C2"}
 
 
 def predicted(kind: str, world_size: int, batch: int = BATCH, rows: int = ROWS) -> int:

@@ -53,6 +53,16 @@ def single_batch(group: Sequence[tuple[Place, Request]]) -> KeyedJaggedTensor:
     )
 
 
+def summed(rows: Tensor, one: Request) -> Tensor:
+    """The answer [B, W] to a request of one slot, from the (padded) rows [N, W] of its ids."""
+    rows = rows[:, : one.width]
+    if one.weights is not None:
+        rows = rows * one.weights.unsqueeze(-1)
+    if one.lengths is None or (len(rows) == len(one.lengths) and bool((one.lengths == 1).all())):
+        return rows
+    return torch.segment_reduce(rows, "sum", lengths=one.lengths.long(), axis=0, unsafe=True)
+
+
 def joined(parts: Sequence[Tensor | None]) -> Tensor:
     """Those that are there, one after the other."""
     whole = [part for part in parts if part is not None]

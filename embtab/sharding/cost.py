@@ -8,12 +8,14 @@ ids and lengths are int64, rows float32:
                     ids               lengths         vectors there     gradients back
     table_wise      8 B n (W-1)       8 B (W-1)       4 B w (W-1)       4 B w (W-1)
     row_wise        8 B n (W-1)       8 B W (W-1)     4 B w W (W-1)     4 B w W (W-1)
+    row_wise_ids    8 B n (W-1)       8 W (W-1)       4 B n w (W-1)     4 B n w (W-1)
     column_wise, P  8 B n P (W-1)     8 B P (W-1)     4 B w (W-1)       4 B w (W-1)
     data_parallel   0                 0               0                 8 R w (W-1)
 
 A bag whose rows lie on several devices is summed there first and then across them, so row_wise sends a vector per bag
-and device. Where a model asks for every id (an `EmbeddingCollection`, or a method that is not linear), there are no
-sums: all of n B ids' vectors are sent, once, and lengths are one per slot: row_wise then costs what table_wise does.
+and device; with row_wise_ids the rows of the ids are sent, and summed where the bag is. Where a model asks for every id
+(an `EmbeddingCollection`, or a method that is not linear) there are no sums: with n B for B and one length per slot,
+row_wise then costs what row_wise_ids does.
 Reductions are counted as rings: each of W processes sends (W-1)/W of what is scattered or gathered, twice that for an
 all-reduce. Every torchrec collection also sends 24 W (W-1) bytes of sizes (32 with weights).
 """
@@ -73,8 +75,9 @@ def slot_traffic(
     others, row = world_size - 1, 4 * padded(width)
     if kind == "data_parallel":
         return Traffic(gradients=2 * 4 * width * rows * others)
+    pooled = pooled and kind != "row_wise_ids"
     copies = parts if kind == "column_wise" else 1
-    spread = world_size if kind == "row_wise" else 1
+    spread = world_size if kind in ("row_wise", "row_wise_ids") else 1
     lengths = 8 * (batch if pooled else 1) * copies * spread * others
     vectors = row * (batch * spread if pooled else batch * ids) * others
     return Traffic(8 * batch * ids * copies * others + lengths, vectors, vectors)
@@ -99,7 +102,7 @@ def device_bytes(kind: str, world_size: int, tables: int, rows: int, width: int,
     each = row_bytes(padded(width), optimizer)
     if kind == "data_parallel":
         return tables * rows * each
-    if kind == "row_wise":
+    if kind in ("row_wise", "row_wise_ids"):
         return tables * -(-rows // world_size) * each
     if kind == "table_wise":
         return -(-tables // world_size) * rows * each

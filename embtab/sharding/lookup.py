@@ -30,7 +30,7 @@ from embtab.errors import UserError
 from embtab.lookup import Lookup, Optimizer, Request, padded
 from embtab.methods import Encoding, Table
 from embtab.sharding.adaptive import everyones, reorganise
-from embtab.sharding.batches import Place, joined, pooled_batch, single_batch, slots_of
+from embtab.sharding.batches import Place, joined, pooled_batch, single_batch, slots_of, summed
 from embtab.sharding.placement import Kinds, codes, sharders, sharding_plan
 from embtab.sharding.processes import first_says, whole
 from embtab.sharding.replicas import Replicas
@@ -47,9 +47,11 @@ def torchrec_modules(
         bags: the table of every slot that is summed over bags.
         ids: the table of every slot that is read id by id.
     """
+    moved = {name: table for name, table in bags.items() if kinds[table] == "row_wise_ids"}
+    bags, ids = {name: table for name, table in bags.items() if name not in moved}, {**ids, **moved}
     both = set(bags.values()) & set(ids.values())
     if both:
-        raise UserError(f"table {min(both)!r} is read both by bag and by id, which cannot be sharded")
+        raise UserError(f"table {min(both)!r} is read both by bag and by id; spread it by row_wise_ids")
     spread = {code: table for table, code in zip(tables, codes(tables).values(), strict=True)
               if kinds[table.name] != "data_parallel"}  # fmt: skip
     meta = torch.device("meta")
@@ -143,7 +145,7 @@ class ShardedLookup(Lookup):
     def forward(self, requests: Sequence[Request]) -> list[Tensor]:
         """Answers each request with its sums [B, W]."""
         answers: list[list[Tensor | None]] = [[None] * len(request.slots) for request in requests]
-        waiting: list[tuple[str, list[Place], Any]] = []
+        waiting: list[tuple[str, list[tuple[Place, Request]], Any]] = []
         here: list[Request] = []
         here_places: list[Place] = []
         sent: dict[str, list[tuple[Place, Request]]] = {name: [] for name in self.collections}
@@ -158,19 +160,19 @@ class ShardedLookup(Lookup):
             if group:
                 ask = self.collections[name]
                 batch = pooled_batch(group) if name == "bags" else single_batch(group)
-                waiting.append((name, [place for place, _ in group], ask(batch)))
+                waiting.append((name, group, ask(batch)))
         for (i, j), answer in zip(here_places, self.replicas(here), strict=True):
             answers[i][j] = answer
-        for name, places, answer in waiting:
+        for name, group, answer in waiting:
             # By key: the order of the answer depends on how the tables are spread.
             found = answer.wait() if name != "bags" else answer.wait().to_dict()
-            for i, j in places:
-                one = found[requests[i].slots[j]]
-                answers[i][j] = self._finished(one if name == "bags" else one.values(), requests[i], j)
+            for (i, j), one in group:
+                rows = found[one.slots[0]]
+                answers[i][j] = rows[:, : one.width] if name == "bags" else summed(rows.values(), one)
         return [joined(answer) for answer in answers]
 
     def _collection(self, one: Request) -> str:
-        if one.lengths is None:
+        if one.lengths is None or self.kinds[self.table_of[one.slots[0]]] == "row_wise_ids":
             return f"ids{padded(one.width)}"
         if one.weights is not None and one.weights.requires_grad:
             raise UserError(
@@ -182,13 +184,6 @@ class ShardedLookup(Lookup):
     def _rebased(self, one: Request) -> Request:
         base = self.replicas.base[self.table_of[one.slots[0]]]
         return Request(one.width, one.rows + base, one.lengths, one.weights)
-
-    def _finished(self, rows: Tensor, request: Request, j: int) -> Tensor:
-        """Without padding; vectors of single ids times their weights."""
-        rows = rows[:, : request.width]
-        if request.lengths is None and request.weights is not None:
-            rows = rows * request.weights.split(list(request.sizes))[j].unsqueeze(-1)
-        return rows
 
     def _shards(self) -> dict[str, Any]:
         """The ShardedTensor of every table that is spread."""

@@ -22,7 +22,9 @@ from embtab.lookup import Optimizer, padded
 from embtab.methods import Table
 from embtab.sizes import format_bytes
 
-KINDS = ("table_wise", "row_wise", "column_wise", "data_parallel")
+KINDS = ("table_wise", "row_wise", "row_wise_ids", "column_wise", "data_parallel")
+"""With "row_wise", each device sums its rows of every bag, and these sums travel; with "row_wise_ids" the rows of the
+ids do, and are summed where the bag is: far less for W devices and bags of fewer than W ids (see `cost`)."""
 REPLICATED_BELOW = 1_000_000
 """Bytes of a table (with optimizer state) that "auto" keeps on every device. Its gradient is all-reduced in every step,
 so a table pays for itself only as long as it is not much larger than what a batch would send for it."""
@@ -172,7 +174,7 @@ def _types(kind: str, rows: int, world_size: int) -> list[str]:
     refuse to hold none.
     """
     short = -(-rows // world_size) * (world_size - 1) >= rows
-    allowed = ["table_wise", "row_wise"] if kind == "auto" else [kind]
+    allowed = ["table_wise", "row_wise"] if kind == "auto" else [kind.removesuffix("_ids")]
     return ["table_wise" if short and each == "row_wise" else each for each in allowed]
 
 

@@ -37,9 +37,9 @@ class TorchRecStrategy(DDPStrategy):
     sharding plan. Embedding collections of torchrec itself are left to DDP.
 
     Args:
-        plan: "auto" (small tables on every device, torchrec's planner for the others); "table_wise", "row_wise",
-            "column_wise" or "data_parallel" for all tables; or a map from names of physical tables (as in
-            `plan.describe()`) to one of these, with "*" for the rest.
+        plan: "auto" (small tables on every device, torchrec's planner for the others); one of
+            `placement.KINDS` for all tables; or a map from names of physical tables (as in `plan.describe()`) to one of
+            these, with "*" for the rest.
         **options: of Lightning's DDPStrategy, such as `timeout` and `process_group_backend`.
 
     Raises:

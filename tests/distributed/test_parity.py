@@ -14,6 +14,7 @@ PAIRS = [("sgd", "row_wise")]
 MORE = [
     ("adagrad", "table_wise"),
     ("sgd", "column_wise"),
+    ("adagrad", "row_wise_ids"),
     ("rowwise_adagrad", "row_wise"),
     ("rowwise_adagrad", "data_parallel"),
     ("adagrad", "data_parallel"),
