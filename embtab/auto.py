@@ -8,14 +8,14 @@ The rule, in the order in which it is applied (configs/README.md has the measure
 3. Where the dense tables fit in int8, they are taken.
 4. The smallest features stay dense, as long as together they take no more than a tenth of the budget: a gender that
    shares rows with another costs as much quality as a user that does, and saves nothing.
-5. What is left is asked whether its share of the budget has a row for each id that matters. The *effective* number of
-   ids is the perplexity of their counts: of 100,000 ids by Zipf's law, about 2,000.
-   - Enough rows: an id that matters hardly ever meets another one in all its hashed rows, and hashing leaves the rest
-     as noise: sums of hashed rows (multihash).
-   - Too few: collisions between ids that matter are certain, and codes that keep all ids apart by their structure are
-     better than random ones: tensor train. Without counts all ids are taken to matter alike.
+5. What is left is asked how many of its ids matter: the perplexity of their counts, the *effective* number of ids.
+   - Less than a quarter of the ids: a few ids carry the traffic. No two of them meet in all their hashed rows, and the
+     others are noise to them: sums of two hashed rows (multihash).
+   - More: most ids matter, and codes that keep them apart by their structure beat random ones. A narrow row for each
+     id with a projection (lowrank) while half the width fits, then the product of two complementary parts (qr), or of
+     three (partitions) where two do not fit. Without counts all ids are taken to matter alike.
 
-Where tensor train is infeasible, hashing is taken; below one row per feature nothing is feasible.
+Where even that does not fit, rows are hashed; below one row per feature nothing is feasible.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from embtab.methods.base import Spec
 
 SMALL = 0.1
 """Share of the budget that features too small to compress may take."""
-ENOUGH = 0.5
-"""Rows for each effective id from which on hashing is better than structure."""
+EVEN = 0.25
+"""Effective ids, as a share of the ids, from which on structure is better than hashing."""
 
 
 class Choice(NamedTuple):
@@ -58,10 +58,11 @@ def choices(spaces: Sequence[Feature], limit: int | None, dim: int, precision: s
     small = _small(spaces, int(SMALL * limit), spec)
     large = [space for space in spaces if space.name not in small]
     share = (limit - sum(small.values())) / sum(map(spec.dense_bytes, large))
-    methods = dict.fromkeys(small, "dense")
-    structured = {space.name: "tt" for space in large if share * space.num_ids < ENOUGH * effective_ids(space)}
-    hashed = {space.name: "multihash" for space in large}
-    return [Choice(spec.precision, methods | hashed | structured), Choice(spec.precision, methods | hashed)]
+    fits_half = spec.row_bytes(max(dim // 2, 1)) <= share * spec.row_bytes(dim)
+    structures = ["lowrank"] * fits_half + ["qr", "partitions", "multihash"]
+    methods = dict.fromkeys(small, "dense") | {space.name: "multihash" for space in large}
+    even = [space.name for space in large if effective_ids(space) >= EVEN * space.num_ids]
+    return [Choice(spec.precision, methods | dict.fromkeys(even, structure)) for structure in structures]
 
 
 def effective_ids(space: Feature) -> float:

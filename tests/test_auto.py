@@ -26,15 +26,16 @@ def test_dense_where_it_fits_and_dense_int8_where_only_that_fits() -> None:
         assert precisions(plan) == {precision}
 
 
-def test_structure_where_all_ids_matter_and_hashes_where_few_do() -> None:
+@pytest.mark.parametrize(("budget", "structure"), [("0.25x", "lowrank"), ("0.05x", "qr"), (9_000, "partitions")])
+def test_structure_where_most_ids_matter_and_hashes_where_few_do(budget: str | int, structure: str) -> None:
     even, skewed = et.Feature("even", 100_000, counts=np.full(100_000, 9)), et.Feature("skewed", 100_000, counts=ZIPF)
-    plan = et.plan([even, skewed, et.Feature("gender", 3)], "auto", "0.05x")
-    assert methods(plan) == {"even": "tt", "skewed": "multihash", "gender": "dense"}
+    plan = et.plan([even, skewed, et.Feature("gender", 3)], "auto", budget)
+    assert methods(plan) == {"even": structure, "skewed": "multihash", "gender": "dense"}
     assert precisions(plan) == {"int8"}
 
 
 def test_without_counts_all_ids_matter() -> None:
-    assert methods(et.plan([et.Feature("f", 100_000)], "auto", "0.05x")) == {"f": "tt"}
+    assert methods(et.plan([et.Feature("f", 100_000)], "auto", "0.05x")) == {"f": "qr"}
 
 
 @pytest.mark.parametrize("budget", ["0.5x", "0.1x", "0.02x", "0.003x", 200])
