@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -219,8 +220,6 @@ def test_a_stage_is_given_what_it_saved_last(tmp_path: Path) -> None:
 
 def one_class(data: str, folder: Path) -> str:
     """The data with only zeros in its validation labels."""
-    import shutil
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -271,6 +270,33 @@ def test_an_infeasible_budget_says_what_is_feasible(data: str) -> None:
 def test_a_validation_split_of_one_class_is_refused(data: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the validation split has only rows of label 0, so it has no AUC"):
         run(sweep_of(one_class(data, tmp_path / "zeros")), "magnitude", "0.3x")
+
+
+def test_blocks_by_frequency_need_counts(data: str, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "vocab")
+    with pytest.raises(UserError, match=r"dnis: blocks of ids by frequency need to know how often each id of feature"):
+        run(sweep_of(str(tmp_path / "data")), "dnis", "0.3x", folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        ({**QUICK["optembed"], "name": "optembed", "row_budget": 1.5, "epochs": 1}, "fp32"),
+        ({**QUICK["magnitude"], "name": "magnitude", "by": "impact", "epochs": 1}, "fp16"),
+        ({**QUICK["pep"], "name": "pep", "retrain": "found", "epochs": 1}, "int8"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each["name"],
+)
+def test_a_small_budget_is_kept_in_every_precision(method: dict[str, Any], precision: str, data: str) -> None:
+    one = run(sweep_of(data, epochs=1), method, "0.1x", precision=precision)
+    assert one.plan.nbytes <= one.plan.budget == int(0.1 * one.plan.dense_nbytes)
+    assert all(table.precision == precision for table in one.plan.tables.values())
+    assert 0 < one.metrics["auc"] < 1
+    if method["name"] == "optembed":  # rows were dropped, and those that are left are within what was asked for
+        kept = sum(table.num_rows for table in one.plan.tables.values() if table.width > 1)
+        assert 0 < kept * sweep_of(data).dim * 4 <= 1.5 * one.plan.budget
 
 
 def test_the_pareto_front_by_hand() -> None:
