@@ -42,6 +42,7 @@ def timeless(config: Path, out: Path, folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a busy machine takes long to start nine processes
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_sweep_killed_three_times_gives_the_report_of_one_left_alone(tmp_path: Path, jobs: int) -> None:
     synthetic.prepare(tmp_path / "data", rows=4000, scale=0.0002, seed=1)
