@@ -191,10 +191,15 @@ def refusals(rank: int, world_size: int, port: int, folder: str) -> None:
     after = gathered(tables).state_dict()
     seen["kept"] = all(torch.equal(before[name], after[name]) for name in before)
     batch, _ = batches(rank, world_size)[1]
+    with torch.no_grad():
+        alone, together = learner(ALL[0], "sgd").tables(batch), tables(batch)
+    seen["answer"] = max(float((alone[f.name] - together[f.name]).abs().max()) for f in FEATURES)
+    seen["order"] = [list(keys) for keys in orders(tables, batch)]
     batch = KeyedJaggedTensor(
         batch.keys(), batch.values(), lengths=batch.lengths(), weights=batch.weights().requires_grad_()
     )
     attempt("weights", lambda: tables(batch))
+    seen["weights"] += " but by id they do" if weights_learn(batch) else ""
     attempt("table", lambda: tables.round_to_served())
     attempt("first", lambda: first_says(lambda: 1 // 0))
     attempt("columns", lambda: shard(learner(ALL[0], "rowwise_adagrad").tables, "column_wise", torch.device("cpu")))
@@ -225,6 +230,30 @@ def refusals(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.save(seen, Path(folder) / f"seen{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def orders(tables: Any, batch: KeyedJaggedTensor) -> tuple[list[str], list[str]]:
+    """What torchrec's collection is asked for, and what it answers: the plan of the tables decides upon the order."""
+    bags = tables.lookup.collections["bags"]
+    asked = [slot for slot in tables.lookup.table_of if tables.lookup.table_of[slot] not in tables.lookup.replicated]
+    sizes = [len(batch[slot.split("@")[0]].values()) for slot in asked]
+    rows = torch.zeros(sum(sizes), dtype=torch.int64)
+    lengths = torch.cat([batch[slot.split("@")[0]].lengths() for slot in asked])
+    return asked, bags(KeyedJaggedTensor(asked, rows, lengths=lengths)).wait().keys()
+
+
+def weights_learn(batch: KeyedJaggedTensor) -> bool:
+    """Whether weights of a batch get their gradient from tables whose rows travel by id."""
+    found = []
+    for spread in (False, True):
+        tables = learner(ALL[0], "sgd").tables
+        if spread:
+            shard(tables, "row_wise_ids", torch.device("cpu"))
+        weights = batch.weights().detach().clone().requires_grad_()
+        asked = KeyedJaggedTensor(batch.keys(), batch.values(), lengths=batch.lengths(), weights=weights)
+        tables(asked).values().square().sum().backward()
+        found.append(weights.grad)
+    return torch.allclose(*found, atol=1e-6) and bool(found[0].any())
 
 
 LARGE = 2_000_000 * 16 * 4  # bytes

@@ -61,7 +61,12 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path):
     for rank in (0, 1):
         seen = torch.load(tmp_path / f"seen{rank}.pt", weights_only=True)
         assert seen["kept"], "sharding changed the tables"
+        assert seen["answer"] < 1e-6
+        asked, answered = seen["order"]
+        assert asked != answered, "torchrec kept the order, so this shows nothing"
+        assert sorted(asked) == sorted(answered)
         assert "weights of a batch get no gradient" in seen["weights"]
+        assert seen["weights"].endswith("but by id they do")
         assert "is spread over processes" in seen["table"]
         assert "ZeroDivisionError" in seen["first"]
         assert "column_wise cuts rows" in seen["columns"]
