@@ -158,8 +158,8 @@ class FitSequenceTask(SequenceTask):
         dim: width of every embedding.
         seed: of the hashes.
         precision: of the served rows.
-        attention: settings of tables of their own for the attention: method, budget, dim, seed, precision. One set of
-            tables serves both if null.
+        attention: settings of tables of their own for the attention: method, budget, dim, seed, precision, init_std.
+            One set of tables serves both if null.
         leave_out: features that are not used, such as the user.
         backend: "fbgemm" trains tables inside backward by `table_optimizer`; "torch" trains them by Adam at `lr`.
         table_optimizer: "rowwise_adagrad", "adagrad" or "sgd"; for the fbgemm backend.
@@ -194,29 +194,37 @@ class FitSequenceTask(SequenceTask):
         model: Callable[[int, int, int, int], nn.Module] = DIN,
     ):
         dataset = Dataset.load(data)
-        features = _without(read_features(data), leave_out or [])
+        features = used_features(data, leave_out or [])
         layout = Layout.of(features)
         optimizer = Optimizer(table_optimizer, table_lr) if backend == "fbgemm" else None
 
-        def tables(used: Sequence[Feature], **settings: Any) -> EmbeddingCollection:
+        def tables(used: Sequence[Feature], init_std: float, **settings: Any) -> EmbeddingCollection:
             return EmbeddingCollection(plan(used, **settings), backend, optimizer, init_std)
 
-        representation = tables(features, method=method, budget=budget, dim=dim, seed=seed, precision=precision)
+        representation = tables(
+            features, init_std, method=method, budget=budget, dim=dim, seed=seed, precision=precision
+        )
         searching = None
         if attention is not None:
-            known = ("method", "budget", "dim", "seed", "precision")
+            known = ("method", "budget", "dim", "seed", "precision", "init_std")
             unknown = [name for name in attention if name not in known]
             if unknown:
                 raise UserError(f"attention has no setting {unknown[0]!r}; it has {', '.join(known)}")
             events = [feature for feature in features if feature.name in layout.events]
-            searching = tables(events, **{"dim": dim, "seed": seed, **attention})
+            searching = tables(events, **{"dim": dim, "seed": seed, "init_std": init_std, **attention})
         made = model(len(dataset.dense), len(layout.others), len(layout.targets), dim)
         super().__init__(representation, made, lr, weight_decay, searching, l2)
         self.about |= {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "dense": list(dataset.dense)}
 
 
-def _without(features: Sequence[Feature], names: Sequence[str]) -> list[Feature]:
-    unknown = set(names) - {feature.name for feature in features}
+def used_features(data: str, leave_out: Sequence[str]) -> list[Feature]:
+    """A dataset's features but for those left out.
+
+    Raises:
+        UserError: when one of these is not there.
+    """
+    features = read_features(data)
+    unknown = set(leave_out) - {feature.name for feature in features}
     if unknown:
         raise UserError(f"leave_out names a feature {min(unknown)!r} that the data does not have")
-    return [feature for feature in features if feature.name not in names]
+    return [feature for feature in features if feature.name not in leave_out]

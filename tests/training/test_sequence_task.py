@@ -25,7 +25,7 @@ from embtab.training.checkpoint import load_tables
 from embtab.training.data import DataModule
 from embtab.training.layout import Layout
 from embtab.training.regularise import id_counts, minibatch_l2
-from embtab.training.search_quality import search_quality
+from embtab.training.search_quality import INFORMATION, information, mutual_information, search_quality
 from embtab.training.sequence_task import FitSequenceTask, SequenceTask
 
 FEATURES = [
@@ -262,6 +262,50 @@ def test_search_quality_against_a_loop(planted, tmp_path):
                 found.append(gains.sum() / (1 / np.log2(np.arange(relevant.sum()) + 2)).sum())
     # Equal events tie; they are equally relevant, so their order does not matter.
     assert search_quality(task, planted, batch_size=37) == pytest.approx(np.mean(found), abs=1e-6)
+
+
+def test_mutual_information_against_a_loop_and_by_hand(planted):
+    """By plain counting; and where a fact decides the other, the information is the entropy of either."""
+    found = mutual_information(planted)
+    rows = []
+    for each in ParquetBatches(planted, "train", 500, rank=0, world_size=1):
+        past = each.sparse["history_category"].values().split(each.sparse["history_category"].lengths().tolist())
+        targets = each.sparse["category"].values().tolist()
+        rows += [(t, int(y), set(p.tolist())) for t, y, p in zip(targets, each.label, past, strict=True)]
+    for target, event in np.ndindex(found.shape):
+        own = [(y, event in past) for t, y, past in rows if t == target]
+        wanted = 0.0
+        for y, x in set(own):
+            p, p_y, p_x = (
+                np.mean(facts)
+                for facts in ([o == (y, x) for o in own], [o[0] == y for o in own], [o[1] == x for o in own])
+            )
+            wanted += p * np.log(p / (p_y * p_x))
+        assert found[target, event] == pytest.approx(wanted, abs=1e-12)
+    present = np.array([[0.0, 5.0, 0.0], [10.0, 5.0, 0.0]])  # [no click, click] by case
+    absent = np.array([[30.0, 5.0, 0.0], [0.0, 5.0, 0.0]])
+    entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    np.testing.assert_allclose(information(present, absent), [entropy, 0, 0], atol=1e-15)
+
+
+def test_search_quality_by_mutual_information_against_a_loop(planted, tmp_path):
+    task, _ = fitted(planted, tmp_path, 0, model=partial(DIN, **SMALL))
+    task.eval()
+    known, wanted = mutual_information(planted), []
+    for each in ParquetBatches(planted, "test", 100):
+        lengths = each.sparse["history_category"].lengths().tolist()
+        scores = task.scores(each).split(lengths)
+        past = each.sparse["history_category"].values().split(lengths)
+        for target, own, given in zip(each.sparse["category"].values(), past, scores, strict=True):
+            wanted.append(ndcg_of_a_row(known[target, own], given.numpy(), 5))
+    found = search_quality(task, planted, k=5, batch_size=37, relevance=INFORMATION)
+    assert found == pytest.approx(np.mean(wanted), abs=2e-4)  # float32 scores tie by chance; ties are averaged there
+
+
+def ndcg_of_a_row(gains: np.ndarray, scores: np.ndarray, k: int) -> float:
+    """Equal scores share the mean of their gains, which for equal events is their gain."""
+    discount = 1 / np.log2(np.arange(min(k, len(gains))) + 2)
+    return float((gains[np.argsort(-scores, kind="stable")][:k] @ discount) / (np.sort(gains)[::-1][:k] @ discount))
 
 
 def test_checkpoints_of_other_attention_tables_are_refused(planted, tmp_path):

@@ -1,0 +1,1 @@
+"""Comparisons of sequence models: arms x methods x budgets x seeds, with tables of their own for the attention."""

@@ -1,0 +1,134 @@
+"""Runs a study: cell by cell, each done once, resumable to the cell; results.csv after each, then the report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from embtab.compare.sweep import label
+from embtab.datasets.schema import Dataset
+from embtab.errors import InfeasibleBudget, UserError
+from embtab.files import locked, write_text
+from embtab.sequences.report import report
+from embtab.sequences.study import Cell, Study
+
+TEXTS = ("key", "status", "arm", "method", "budget", "error")
+WHOLE = ("seed", "nbytes", "attention_bytes", "min_bytes", "epochs")
+MEASURED = ("auc", "gauc", "hr@10", "ndcg@10", "search_ndcg", "logloss", "ne", "calibration", "val_auc", "seconds")
+COLUMNS = ("key", "status", "arm", "method", "budget", *WHOLE, *MEASURED, "error")
+Row = dict[str, Any]
+
+
+def run_study(study: Study, out: Path) -> str:
+    """Runs what is not yet done of a study and writes results.csv and report.md.
+
+    Args:
+        study: what to compare.
+        out: the folder; rows of earlier runs in it are kept and not run again.
+
+    Returns:
+        The report as Markdown.
+
+    Raises:
+        UserError: for settings that make no sense, or when another process writes to `out`.
+    """
+    dataset = Dataset.load(study.data)
+    cells = {study.key(cell, dataset.fingerprint): cell for cell in study.cells()}
+    if not cells:
+        raise UserError("nothing to run: methods that compress need budgets, and every study needs seeds and arms")
+    infeasible = _checked(study, cells)  # before anything is written: a mistake leaves no folder behind
+    with locked(out):
+        rows = read_rows(out / "results.csv")
+        rows |= infeasible
+        left = [key for key in cells if key not in rows]
+        _quieten()
+        for key in tqdm(left, desc="runs", unit="run", file=sys.stderr):
+            row = _trained(study, cells[key], key)
+            rows[key] = row
+            write_rows(out / "results.csv", list(rows.values()))
+            tqdm.write(f"{cells[key].name}: auc {row['auc']:.5f}, {row['seconds']:.0f} s", file=sys.stderr)
+        in_order = {key: rows[key] | _named(cell) for key, cell in cells.items()}
+        write_rows(out / "results.csv", list((rows | in_order).values()))
+        rows = read_rows(out / "results.csv")  # what is reported is what is in the file
+        text = report(study, dataset, [rows[key] for key in cells])
+        write_text(out / "report.md", text)
+    return text
+
+
+def _checked(study: Study, cells: Mapping[str, Cell]) -> dict[str, Row]:
+    """Makes the plan of every cell; the rows of those whose budget is infeasible.
+
+    Raises:
+        UserError: for a method, option, budget or feature that makes no sense.
+    """
+    from embtab.sequences.train import make_plans
+
+    rows = {}
+    for key, cell in cells.items():
+        try:
+            make_plans(study, cell)
+        except InfeasibleBudget as error:
+            empty = dict.fromkeys(COLUMNS) | {"key": key, **_named(cell)}
+            rows[key] = empty | {"status": "infeasible", "min_bytes": error.min_bytes, "error": str(error)}
+    return rows
+
+
+def _trained(study: Study, cell: Cell, key: str) -> Row:
+    from embtab.sequences.train import train
+
+    found = train(study, cell)
+    row = dict.fromkeys(COLUMNS) | {"key": key, "status": "ok", **_named(cell)}
+    return row | {name: value for name, value in found.items() if name in COLUMNS}
+
+
+def _named(cell: Cell) -> Row:
+    budget = "none" if cell.budget is None else str(cell.budget)
+    return {"arm": cell.arm.name, "method": label(cell.method), "budget": budget, "seed": cell.seed}
+
+
+def read_rows(file: Path) -> dict[str, Row]:
+    """The rows of an earlier run, by key.
+
+    Raises:
+        UserError: when the file is not a results.csv of a study.
+    """
+    if not file.exists():
+        return {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{file}: not the results.csv of a comparison of sequence models; choose another --out")
+        rows = [{name: _parsed(name, text) for name, text in row.items()} for row in reader]
+    return {row["key"]: row for row in rows}
+
+
+def write_rows(file: Path, rows: Sequence[Row]) -> None:
+    """Replaces results.csv in one step, numbers with all digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    write_text(file, text.getvalue())
+
+
+def _parsed(name: str, text: str) -> Any:
+    if text == "":
+        return None
+    if name in TEXTS:
+        return text
+    return int(text) if name in WHOLE else float(text)
+
+
+def _quieten() -> None:
+    """Lightning's tips, which do not apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
