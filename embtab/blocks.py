@@ -87,6 +87,7 @@ class Block(nn.Module):
         self.names = list(constants[0])
         self._buffer("bases", bases)
         self._buffer("limits", torch.tensor([[encoding.num_ids or 0] for encoding in encodings]))
+        self._buffer("cardinalities", torch.tensor([feature.num_ids for feature in features]))
         self._buffer("means", torch.tensor([feature.pooling == "mean" for feature in features]))
         for name in self.names:
             self._buffer(name, torch.tensor([each[name] for each in constants]))
@@ -110,6 +111,11 @@ class Block(nn.Module):
         """The arrays of the block's encoding, by name."""
         return self.all_arrays[0].of(self.features[0].space) if self.encoding.arrays() else {}
 
+    @property
+    def cardinalities(self) -> Tensor:
+        """int64 [F]: the number of ids of each feature."""
+        return self.get_buffer("cardinalities_")
+
     def rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
         """int64 [N, K] (or [F, N / F, K], for equal sizes): rows of every part; -1 where an id does not have it.
 
@@ -122,18 +128,51 @@ class Block(nn.Module):
         Raises:
             UserError: when an id is out of range; it names feature, id and cardinality.
         """
+        self._check(ids, sizes)
         shaped = ids.view(len(sizes), sizes[0], 1) if len(set(sizes)) == 1 else ids.unsqueeze(-1)
-        if self.bounded:
-            limits = self._spread("limits", sizes)
-            outside = (shaped < 0) | (shaped >= limits)
-            if bool(outside.any()):
-                self._complain(ids, outside.flatten(), sizes)
         constants = {name: self._spread(name, sizes) for name in self.names}
-        rows: Tensor = self.encoding.rows(shaped, constants | self.arrays)
+        return self._noted(ids, self.encoding.rows(shaped, constants | self.arrays))
+
+    def rows_of_rows(self, ids: Tensor, stride: int) -> Tensor:
+        """int64 [B, F, K]: rows in the lookup's matrix, in the order in which a model reads the features.
+
+        Args:
+            ids: int64 [F * B], feature after feature; otherwise as `rows`.
+            stride: B.
+        """
+        features = len(self.features)
+        self._check(ids, [stride] * features)
+        shaped = ids.view(features, stride).t().contiguous().unsqueeze(-1)
+        constants = {name: self.get_buffer(f"{name}_") for name in self.names}
+        rows = self.encoding.rows(shaped, constants | self.arrays)
+        return self._noted(ids, rows + self.get_buffer("bases_"))
+
+    def _noted(self, ids: Tensor, rows: Tensor) -> Tensor:
         if self.training and self.encoding.adaptive:
             with torch.no_grad():
                 self.encoding.observe(self.everyones(ids), self.arrays)
         return rows
+
+    def are_numbers(self, ids: Tensor, sizes: Sequence[int]) -> bool:
+        """Whether every id lies in [0, cardinality)."""
+        return not self._outside(ids, sizes, self.cardinalities)
+
+    def _check(self, ids: Tensor, sizes: Sequence[int]) -> None:
+        if self.bounded and self._outside(ids, sizes, self.get_buffer("limits_")[:, 0]):
+            limits = self.get_buffer("limits_")[:, 0].repeat_interleave(torch.tensor(sizes, device=ids.device))
+            self._complain(ids, (ids < 0) | (ids >= limits), sizes)
+
+    def _outside(self, ids: Tensor, sizes: Sequence[int], limits: Tensor) -> bool:
+        """Whether an id lies outside [0, limit); limits are int64 [F]."""
+        if len(ids) == 0:
+            return False
+        if len(set(sizes)) == 1:
+            least, most = ids.view(len(sizes), -1).aminmax(dim=1)
+        else:
+            ends = [part.aminmax() for part in ids.split(list(sizes)) if len(part)]
+            least, most = (torch.stack(each) for each in zip(*ends, strict=True))
+            limits = limits[[i for i, size in enumerate(sizes) if size]]
+        return bool(((least < 0) | (most >= limits)).any())
 
     def requests(
         self, rows: Tensor, sizes: Sequence[int], lengths: Tensor | None, weights: Tensor | None

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embtab.blocks import Arrays, Block, bases_of, make_blocks, per_bag, pieces_of
+from embtab.blocks import Arrays, Block, bases_of, make_blocks, pieces_of
 from embtab.drawing import Draw, Unmade, generator
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import seed_of
-from embtab.lookup import Lookup, Optimizer, Request, make_lookup
+from embtab.lookup import Lookup, Optimizer, Request, StackedLookup, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
+from embtab.ways import Shape, way_of
 
 
 class _Collection(nn.Module):
@@ -210,22 +211,14 @@ class EmbeddingBagCollection(_Collection):
     def vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """The same as [B, F, D], features in plan order."""
         batch = self._arranged(features)
-        stride = batch.stride()
+        shape = Shape.of(batch.lengths(), batch.stride(), len(batch.values()))
+        stacked = isinstance(self.lookup, StackedLookup)
         pieces = list(pieces_of(batch, self._each_block()))
-        all_rows = [block.rows(ids, sizes) for block, ids, _, _, sizes in pieces]
-        requests: list[Request] = []
-        for (block, _, lengths, weights, sizes), rows in zip(pieces, all_rows, strict=True):
-            pools = self.pools(block.encoding)
-            requests += block.requests(rows, sizes, lengths if pools else None, weights if pools else None)
-        answers = iter(self.lookup(requests))
-        outputs: list[Tensor] = []
-        for (block, _, lengths, weights, _), rows in zip(pieces, all_rows, strict=True):
-            if self.pools(block.encoding):
-                sums = block.combine(rows, answers, stride)
-            else:
-                sums = per_bag(block.pool(block.combine(rows, answers, None), lengths, weights), stride)
-            outputs.append(block.divide(sums, lengths))
-        return self._in_plan_order(outputs)
+        ways = [way_of(piece, shape, self.pools(piece[0].encoding), stacked) for piece in pieces]
+        answers = iter(self.lookup([request for way in ways for request in way.requests]))
+        return self._in_plan_order(
+            [piece[0].divide(way.vectors(answers), piece[2]) for piece, way in zip(pieces, ways, strict=True)]
+        )
 
     def _in_plan_order(self, outputs: Sequence[Tensor]) -> Tensor:
         """[B, F, D] from one such tensor per block."""

@@ -1,0 +1,158 @@
+"""However a batch goes from ids to vectors, the vectors and what training makes of the tables are the same."""
+
+import numpy as np
+import pytest
+import torch
+from laws import CASES, DIM, FEATURES, Case
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import embtab as et
+from embtab import ways
+from embtab.distinct import distinct, firsts, gathered
+from embtab.errors import UserError
+
+ROWS = 6
+NAMES = [feature.name for feature in FEATURES]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def lengths_of(kind: str) -> np.ndarray:
+    """Bag lengths [F, B]."""
+    if kind == "ragged":
+        return np.random.default_rng(1).integers(0, 4, (len(NAMES), ROWS))
+    return np.full((len(NAMES), ROWS), {"one id": 1, "three ids": 3}[kind])
+
+
+def batch(kind: str, weighted: bool = False) -> KeyedJaggedTensor:
+    rng, lengths = np.random.default_rng(0), lengths_of(kind)
+    # Few ids, so that they repeat within and between bags.
+    counts = lengths.sum(1)
+    values = np.concatenate([rng.integers(0, min(f.num_ids, 7), n) for f, n in zip(FEATURES, counts, strict=True)])
+    weights = torch.from_numpy(rng.normal(size=len(values)).astype(np.float32)) if weighted else None
+    return KeyedJaggedTensor(NAMES, torch.from_numpy(values), weights, torch.from_numpy(lengths.ravel()))
+
+
+def trained(case: Case, kind: str, seen: set[str]) -> list[torch.Tensor]:
+    """Vectors, and all tables and arrays after one step of SGD."""
+    torch.manual_seed(0)
+    tables = et.EmbeddingBagCollection(case.plan(), optimizer=et.Optimizer("sgd", 0.1), init_std=1.0)
+    found = tables.vectors(batch(kind))
+    seen |= {type(way).__name__ for way in tables_ways}
+    tables_ways.clear()
+    found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        for parameter in tables.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    return [found.detach(), *(value.clone() for value in tables.state_dict().values())]
+
+
+tables_ways: list[ways.Way] = []
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes note of the ways that batches go."""
+    chosen = ways.way_of
+
+    def way_of(*arguments):
+        tables_ways.append(chosen(*arguments))
+        return tables_ways[-1]
+
+    monkeypatch.setattr("embtab.collections.way_of", way_of)
+
+
+@every_case
+@pytest.mark.parametrize("kind", ["one id", "three ids", "ragged"])
+def test_every_way_gives_the_same_vectors_and_the_same_training(
+    case: Case, kind: str, monkeypatch: pytest.MonkeyPatch, taken: None
+) -> None:
+    seen: set[str] = set()
+    results = [trained(case, kind, seen)]
+    monkeypatch.setattr(ways, "DISTINCT_FROM", 1)
+    results.append(trained(case, kind, seen))
+    monkeypatch.setattr(
+        "embtab.collections.way_of", lambda piece, shape, pools, stacked: ways.PerBag(piece, shape, pools)
+    )
+    plain = trained(case, kind, set())
+    for result in results:
+        for mine, other in zip(result, plain, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    if case.name == "dense":
+        assert seen == ({"OneEach"} if kind == "one id" else {"PerBag"})
+    if case.name == "qr product":
+        assert "PerDistinctId" in seen
+
+
+def test_one_id_a_bag_reads_the_very_same_rows(taken: None) -> None:
+    """Bit for bit, since nothing is added."""
+    tables = et.EmbeddingBagCollection(et.plan(FEATURES, "unified", "0.3x", DIM))
+    with torch.no_grad():
+        quick = tables.vectors(batch("one id"))
+        assert {type(way) for way in tables_ways} == {ways.OneEach}
+        tables_ways.clear()
+        ones = torch.ones(len(NAMES) * ROWS)
+        given = batch("one id")
+        plain = tables.vectors(KeyedJaggedTensor(NAMES, given.values(), ones, given.lengths()))
+        assert {type(way) for way in tables_ways} == {ways.PerBag}
+    tables_ways.clear()
+    assert torch.equal(quick, plain)
+
+
+def test_ids_that_are_no_numbers_of_a_vocabulary_go_the_plain_way(monkeypatch: pytest.MonkeyPatch, taken: None) -> None:
+    monkeypatch.setattr(ways, "DISTINCT_FROM", 1)
+    tables = et.EmbeddingBagCollection(et.plan([et.Feature("user", 100)], "unified", "0.3x", 8))
+    ids = torch.tensor([5, -(2**63), 2**63 - 1, 100])
+    vectors = tables.vectors(KeyedJaggedTensor(["user"], ids, lengths=torch.ones(4).int()))
+    assert {type(way) for way in tables_ways} == {ways.OneEach}
+    tables_ways.clear()
+    assert vectors.shape == (4, 1, 8)
+
+
+@pytest.mark.parametrize("kind", ["one id", "three ids"])
+@pytest.mark.parametrize("method", ["dense", "qr"])
+@pytest.mark.parametrize("bad", [-1, 40])
+def test_every_way_refuses_ids_out_of_range(kind: str, method: str, bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "DISTINCT_FROM", 1)
+    tables = et.EmbeddingBagCollection(et.plan(FEATURES, method, None if method == "dense" else "0.3x", DIM))
+    given = batch(kind)
+    values = given.values().clone()
+    values[given.offset_per_key()[1] + 2] = bad
+    message = rf"feature 'shop' .*id {bad} at position 2 of its values is outside \[0, 40\)"
+    with pytest.raises(UserError, match=message):
+        tables.vectors(KeyedJaggedTensor(NAMES, values, lengths=given.lengths()))
+
+
+@pytest.mark.parametrize("limit", [1, 2**40], ids=["packed", "too large to pack"])
+def test_distinct_ids_are_those_of_numpy(limit: int) -> None:
+    rng = np.random.default_rng(0)
+    cardinalities = torch.tensor([5, 1, 1000 * limit])
+    per_feature = [rng.integers(0, n, 50) for n in (5, 1, 30)]
+    numbers = np.concatenate(
+        [ids + first for ids, first in zip(per_feature, firsts(cardinalities).numpy(), strict=True)]
+    )
+    numbers = numbers[rng.permutation(len(numbers))]
+    found = distinct(torch.from_numpy(numbers), cardinalities)
+    unique, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    assert found.sizes == [len(np.unique(ids)) for ids in per_feature]
+    assert found.ids.tolist() == [i for ids in per_feature for i in np.unique(ids)]
+    np.testing.assert_array_equal(found.places.numpy(), inverse)
+    np.testing.assert_array_equal(found.starts.diff().numpy(), counts)
+    np.testing.assert_array_equal(numbers[found.order.numpy()], np.repeat(unique, counts))
+
+
+def test_gathered_is_an_embedding_bag_and_so_is_its_gradient() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([3, 0, 1, 4])
+    found = distinct(torch.tensor([2, 2, 0, 5, 1, 5, 5, 2]), torch.tensor([6]))
+    vectors = torch.randn(len(found.ids), 3, requires_grad=True)
+    offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
+    bags = torch.arange(4).repeat_interleave(lengths)
+    sums = gathered(vectors, found, offsets, bags)
+    each = vectors.detach()[found.places.long()].requires_grad_()
+    expected = torch.zeros(4, 3).index_add(0, bags, each)
+    torch.testing.assert_close(sums, expected)
+    gradient = torch.randn(4, 3)
+    sums.backward(gradient)
+    wanted = torch.zeros(len(found.ids), 3).index_add(0, found.places.long(), gradient[bags])
+    torch.testing.assert_close(vectors.grad, wanted)
