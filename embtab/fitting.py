@@ -6,6 +6,7 @@ minimise over tables T:  sum over spaces and ids i of  w[i] |E[i] - vector(i; T)
     rows through a projection (low rank, mixed dimension)            the leading directions of E'wE: exact
     other vectors linear in the tables (sums: qr, multi-hash, CCE)   conjugate gradients on the normal equations
     products of two rows (qr, MEmCom)                                alternating least squares, exact in each half
+    tensor trains                                                    TT-SVD, then alternating least squares
     anything else                                                    Adam on the composed vectors
 
 Where a method has integer arrays of its own, they are first set from E: CCE's pointers by k-means, CAFE's slots by w.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from embtab.kmeans import kmeans, nearest
 from embtab.methods import Encoding
+from embtab.tensor_train import fit_cores
 
 CHUNK = 2**17  # ids composed at a time
 CG_STEPS = 200
@@ -96,8 +99,10 @@ def fit(targets: Sequence[Target], tables: Tables, seed: int) -> None:
 
 def _way(target: Target) -> Callable[..., None]:
     encoding = target.encoding
+    if encoding.method == "tt":
+        return tensor_trains
     if target.trained:
-        return leading_directions if _projects(target) else descend
+        return leading_directions if encoding.method in ("lowrank", "mixed_dim") else descend
     if not encoding.tables or not encoding.linear:
         return alternate if encoding.tables and _is_product(target) else descend
     return mean_rows if _is_side_by_side(target) else conjugate_gradients
@@ -120,10 +125,6 @@ def _is_product(target: Target) -> bool:
     widths = (target.encoding.dim, target.encoding.dim), (target.encoding.dim, 1)
     made = target.encoding.combine(parts, target.arrays)
     return target.widths in widths and torch.equal(made, parts[0] * parts[1])
-
-
-def _projects(target: Target) -> bool:
-    return target.encoding.method in ("lowrank", "mixed_dim")
 
 
 def mean_rows(targets: Sequence[Target], tables: Tables, generator: np.random.Generator) -> None:
@@ -226,6 +227,15 @@ def alternate(targets: Sequence[Target], tables: Tables, generator: np.random.Ge
         sizes = [factor.square().mean(0).sqrt().clamp(min=1e-30) for factor in factors]
         factors[0].mul_((sizes[1] / sizes[0]).sqrt())
         factors[1].mul_((sizes[0] / sizes[1]).sqrt())
+
+
+def tensor_trains(targets: Sequence[Target], tables: Tables, generator: np.random.Generator) -> None:
+    """Each space's cores, see `embtab.tensor_train`."""
+    for target in targets:
+        e: Any = target.encoding
+        cores = fit_cores(target.dense, target.weights, e.p, e.q, e.ranks)
+        for name, core in zip(e.tables, cores, strict=True):
+            tables[name].copy_(core.flatten(1))
 
 
 def descend(targets: Sequence[Target], tables: Tables, generator: np.random.Generator) -> None:

@@ -120,7 +120,7 @@ def test_products_cannot_be_bettered_in_either_factor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["qr", {"name": "qr", "op": "sum"}, "unified", "multihash", "memcom", "cafe", "lowrank"], ids=str
+    "method", ["qr", {"name": "qr", "op": "sum"}, "unified", "multihash", "memcom", "cafe", "lowrank", "tt"], ids=str
 )
 def test_what_the_method_can_hold_comes_back(method: Any) -> None:
     """Vectors of random tables of the same plan are found again."""
@@ -134,7 +134,7 @@ def test_what_the_method_can_hold_comes_back(method: Any) -> None:
     assert reconstruction_errors(again, {"user": weight}, {})["user"] < limit
 
 
-@pytest.mark.parametrize("method", ["tt", "dhe", {"name": "multihash", "weighted": True}], ids=str)
+@pytest.mark.parametrize("method", ["dhe", {"name": "multihash", "weighted": True}], ids=str)
 def test_any_other_method_is_fitted_by_descent(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "ADAM_STEPS", 300)
     groups = np.repeat(RANDOM.standard_normal((20, 16)), 20, axis=0).astype(np.float32)
