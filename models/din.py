@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from embtab.errors import UserError
-from embtab.models.events import Events, segment_softmax, segment_sum
+from embtab.models.events import Events, segment_softmax
 from embtab.models.layers import Head, Linear, activation, linear, mlp
+from embtab.models.segments import spread, weighted_sum
 
 
 class ActivationUnit(nn.Module):
@@ -44,13 +45,13 @@ class ActivationUnit(nn.Module):
         self.first = Linear(4 * width, hidden[0])
         self.rest = nn.Sequential(activation(act, hidden[0]), *mlp(hidden[0], hidden[1:], act))
 
-    def forward(self, target_be: Tensor, history_ne: Tensor, owner_n: Tensor) -> Tensor:
-        """Scores [N] of events [N, E] that belong to the targets [B, E] named by `owner_n` (int64 [N])."""
+    def forward(self, target_be: Tensor, history_ne: Tensor, lengths_b: Tensor) -> Tensor:
+        """Scores [N] of events [N, E]; the first lengths_b[0] of them belong to the first of the targets [B, E]."""
         of_q, of_k, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         per_row = linear(target_be, of_q + of_difference, self.first.bias)
         per_event = linear(history_ne, of_k - of_difference)
-        product = linear(target_be[owner_n] * history_ne, of_product)
-        scores: Tensor = self.rest(per_row[owner_n] + per_event + product)
+        product = linear(spread(target_be, lengths_b, len(history_ne)) * history_ne, of_product)
+        scores: Tensor = self.rest(spread(per_row, lengths_b, len(history_ne)) + per_event + product)
         return scores.squeeze(-1)
 
 
@@ -94,7 +95,7 @@ class DIN(nn.Module):
 
     def scores(self, events: Events) -> Tensor:
         """Float [N]: what the activation unit says of each event, before any softmax."""
-        scores: Tensor = self.unit(events.target.flatten(1), events.history.flatten(1), events.owner)
+        scores: Tensor = self.unit(events.target.flatten(1), events.history.flatten(1), events.lengths)
         return scores
 
     def interest(self, events: Events) -> Tensor:
@@ -103,7 +104,7 @@ class DIN(nn.Module):
         history_ne = events.history.flatten(1)
         if self.softmax:
             weights = segment_softmax(weights / history_ne.shape[1] ** 0.5, events.lengths)
-        return segment_sum(weights.unsqueeze(1) * history_ne, events.lengths)
+        return weighted_sum(history_ne, weights, events.lengths)
 
     def forward(self, dense: Tensor, others: Tensor, events: Events) -> Tensor:
         """Logits [B] of a click; see `embtab.models.events` for the arguments."""

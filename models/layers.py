@@ -103,7 +103,7 @@ class Dice(nn.Module):
     def forward(self, s: Tensor) -> Tensor:
         """Float [N, H] -> [N, H]."""
         p = torch.sigmoid(self.norm(s))
-        return s * (p + (1 - p) * self.alpha)
+        return s * torch.lerp(self.alpha, torch.ones_like(self.alpha), p)  # alpha + p (1 - alpha), in one pass
 
 
 def activation(name: str, width: int) -> nn.Module:
