@@ -1,9 +1,16 @@
-"""Dense tables from anywhere, into any plan: read safely, fit, and say how much was lost."""
+"""Dense tables from anywhere, into any plan: read safely, fit, and say how much was lost.
+
+Files stay on disk: safetensors and npy are memory-mapped, Parquet is copied batch by batch to a mapped file without a
+name, and fits read a chunk of ids at a time, so a table may be larger than memory where its fit is (least squares with
+a closed form). Torch files are mapped too where they were written in the zip format, as they are since torch 1.6.
+"""
 
 from __future__ import annotations
 
 import pickle
 import re
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +22,7 @@ from torch import Tensor
 from embtab.collections import EmbeddingBagCollection, _Collection
 from embtab.errors import DataError, UserError
 from embtab.features import Feature, id_spaces, read_features
-from embtab.fitting import Target, fit
+from embtab.fitting import CHUNK, Target, fit
 from embtab.planning import Plan
 
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")
@@ -77,9 +84,10 @@ def _by_space(weights: Dense, plan: Plan) -> dict[str, Tensor]:
             raise UserError(
                 f"dense table {name!r} is {tuple(table.shape)}; the plan wants {(num_ids[space], plan.dim)}"
             )
-        bad = ~table.isfinite().all(1)
-        if bool(bad.any()):
-            raise UserError(f"dense table {name!r}: row {int(bad.nonzero()[0])} holds NaN or infinity")
+        for first in range(0, len(table), CHUNK):
+            bad = ~table[first : first + CHUNK].isfinite().all(1)
+            if bool(bad.any()):
+                raise UserError(f"dense table {name!r}: row {first + int(bad.nonzero()[0])} holds NaN or infinity")
         found[space] = table
     for space in plan.encodings:
         if space not in found:
@@ -103,11 +111,11 @@ def reconstruction_errors(
         target = _target(tables, space, dense, counts.get(space))
         weight = target.weights.double()
         rows = {name: tables.lookup.table(name) for name in target.encoding.tables}
-        lost = sum(
-            float((weight[ids] * (target.compose(ids, rows) - dense[ids]).double().square().sum(1)).sum())
-            for ids in target.chunks()
-        )
-        errors[space] = (lost / max(float((weight * dense.double().square().sum(1)).sum()), 1e-300)) ** 0.5
+        lost = whole = 0.0
+        for ids in target.chunks():
+            lost += float((weight[ids] * (target.compose(ids, rows) - dense[ids]).double().square().sum(1)).sum())
+            whole += float((weight[ids] * dense[ids].double().square().sum(1)).sum())
+        errors[space] = (lost / max(whole, 1e-300)) ** 0.5
     return errors
 
 
@@ -173,15 +181,13 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
     kind = path.suffix.lower()
     try:
         if kind == ".safetensors":
-            from safetensors.torch import load_file
-
-            yield from load_file(path).items()
+            yield from _from_safetensors(path)
         elif kind == ".npy":
-            yield path.stem, torch.from_numpy(np.load(path, allow_pickle=False))
+            yield path.stem, _mapped(np.load(path, mmap_mode="r", allow_pickle=False))
         elif kind == ".parquet":
             yield path.stem, _from_parquet(path)
         elif kind in TORCH_FILES:
-            yield from _tensors(torch.load(path, map_location="cpu", weights_only=True))
+            yield from _tensors(_load(path))
         else:
             raise DataError(f"{path}: unknown kind; give .safetensors, .npy, .parquet or {', '.join(TORCH_FILES)}")
     except UserError:
@@ -201,18 +207,47 @@ def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
         yield from ((str(name), value) for name, value in state.items() if isinstance(value, Tensor))
 
 
+def _load(path: Path) -> Any:
+    """What a torch file holds: tensors and plain types, mapped where its format allows."""
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _mapped(array: np.ndarray) -> Tensor:
+    """A tensor on the memory of an array that may not be written to; nothing here writes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.asarray(array))
+
+
+def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as held:  # which maps the file
+        for name in held.keys():  # noqa: SIM118 (no dict)
+            yield name, held.get_tensor(name)
+
+
 def _from_parquet(path: Path) -> Tensor:
     """float32 [n, D] from columns id and vector; ids are 0..n-1 in any order."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["id", "vector"])
-    ids = table["id"].to_numpy()
-    lists = table["vector"].combine_chunks()
-    flat = lists.flatten().to_numpy(zero_copy_only=False)
-    if not len(ids) or len(flat) % len(ids):
-        raise DataError(f"{path}: column 'vector' needs lists of one length; fill missing vectors")
-    if not np.array_equal(np.sort(ids), np.arange(len(ids))):
-        raise DataError(f"{path}: column 'id' must hold 0..{len(ids) - 1}, each once; number the ids first")
-    vectors = np.empty((len(ids), len(flat) // len(ids)), np.float32)
-    vectors[ids] = flat.reshape(vectors.shape)
-    return torch.from_numpy(vectors)
+    file = pq.ParquetFile(path)
+    n, vectors, seen = file.metadata.num_rows, np.empty((0, 0), np.float32), np.zeros(file.metadata.num_rows, bool)
+    for batch in file.iter_batches(CHUNK, columns=["id", "vector"]):
+        ids = batch["id"].to_numpy()
+        flat = batch["vector"].flatten().to_numpy(zero_copy_only=False)
+        if not vectors.size:
+            width = len(flat) // max(len(ids), 1)
+            with tempfile.TemporaryFile() as beside:  # it has no name, and vanishes with its mapping
+                vectors = np.memmap(beside, np.float32, "w+", shape=(n, max(width, 1)))
+        if len(flat) != len(ids) * vectors.shape[1]:
+            raise DataError(f"{path}: column 'vector' needs lists of one length; fill missing vectors")
+        if ids.min() < 0 or ids.max() >= n:
+            raise DataError(f"{path}: column 'id' must hold 0..{n - 1}, each once; number the ids first")
+        vectors[ids] = flat.reshape(len(ids), -1)
+        seen[ids] = True
+    if not n or not seen.all():
+        raise DataError(f"{path}: column 'id' must hold 0..{n - 1}, each once; number the ids first")
+    return torch.from_numpy(np.asarray(vectors))

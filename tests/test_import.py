@@ -1,6 +1,9 @@
 """Dense tables into plans: as good as the best there is, found by NumPy; and files read without trust."""
 
+import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from laws import single_ids
 from safetensors.numpy import save_file
 from test_reader import put, sign
@@ -289,3 +293,110 @@ def test_a_checkpoint_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert run(capsys, "export", tmp_path / "c", tmp_path / "b", "--overwrite")[2] == 0
     _, error, code = run(capsys, "export", tmp_path / "absent", tmp_path / "d")
     assert (code, error) == (2, f"embtab: error: {tmp_path / 'absent'}: no such checkpoint\n")
+
+
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+import embtab as et
+from embtab.importing import from_dense, read_dense, reconstruction_errors
+
+def anonymous():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))
+
+plan = et.plan([et.Feature("user", 1_000_000)], sys.argv[2], "1MB", dim=32)
+from_dense({"user": __import__("numpy").zeros((1_000_000, 32), "float32")}, plan)  # what is loaded once
+before, most, done = anonymous(), 0, False
+
+def watch():
+    global most
+    while not done:
+        most = max(most, anonymous())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+weights = read_dense([Path(sys.argv[1])])
+reconstruction_errors(from_dense(weights, plan), weights, {})
+done = True
+watcher.join()
+print(most - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "parquet", "pt"])
+def test_a_large_table_stays_on_disk(kind: str, tmp_path: Path) -> None:
+    """128 MB of vectors in a fraction of that."""
+    weight, path = np.random.default_rng(0).random((1_000_000, 32), np.float32), tmp_path / f"user.{kind}"
+    if kind == "npy":
+        np.save(path, weight)
+    elif kind == "safetensors":
+        save_file({"user": weight}, path)
+    elif kind == "parquet":
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(weight.reshape(-1)), 32)
+        pq.write_table(pa.table([pa.array(np.arange(len(weight))), vectors], names=["id", "vector"]), path)
+    else:
+        torch.save({"user": torch.from_numpy(weight)}, path)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), "hash"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 90_000, done.stdout  # kB
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "match"),
+    [
+        ([0, 2], [[1.0, 2.0], [3.0, 4.0]], "must hold 0..1, each once"),
+        ([0, 0], [[1.0, 2.0], [3.0, 4.0]], "must hold 0..1, each once"),
+        ([-1, 0], [[1.0, 2.0], [3.0, 4.0]], "must hold 0..1, each once"),
+        ([0, 1], [[1.0, 2.0], [3.0]], "lists of one length"),
+        ([], [], "must hold"),
+    ],
+)
+def test_parquet_that_is_no_table_is_refused(ids: list, vectors: list, match: str, tmp_path: Path) -> None:
+    columns = [pa.array(ids, pa.int64()), pa.array(vectors, pa.list_(pa.float32()))]
+    pq.write_table(pa.table(columns, names=["id", "vector"]), tmp_path / "user.parquet")
+    with pytest.raises(DataError, match=match):
+        read_dense([tmp_path / "user.parquet"])
+
+
+def test_an_import_is_measured_under_its_ranker(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from embtab.models.autoint import AutoInt
+    from embtab.training.checkpoint import description
+
+    data = tmp_path / "data"
+    _, error, code = run(capsys, "prepare", "synthetic", "--out", data, "--rows", 3000, "--scale", 0.0005)
+    assert code == 0, error
+    features = et.read_features(data)
+    plan = et.plan(features, "dense", None, 4)
+    torch.manual_seed(0)
+    tables, settings = et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0), {"num_layers": 0, "dnn": []}
+    num_dense = len(json.loads((data / "dataset.json").read_text())["dense"])
+    model = AutoInt(num_dense, len(features), 4, **settings)
+    state = {f"tables.{k}": v for k, v in tables.state_dict().items()}
+    state |= {f"model.{k}": v for k, v in model.state_dict().items()}
+    about = {"dense": ["x"] * num_dense}
+    torch.save({"state_dict": state, "embtab": description(plan, about)}, tmp_path / "c.ckpt")
+    config = {"model": {"model": {"class_path": "embtab.models.autoint.AutoInt", "init_args": settings}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    given = ["import", tmp_path / "c.ckpt", "--pattern", r"^tables\.lookup\.(.+)$", "--out", tmp_path / "b"]
+    ranker = ["--ranker", tmp_path / "c.ckpt", "--config", tmp_path / "config.yaml"]
+    _, error, code = run(capsys, *given, *ranker)
+    assert (code, "--data" in error) == (2, True)
+    _, error, code = run(capsys, *given, "--fine-tune", 1, "--data", data)
+    assert (code, "--ranker" in error) == (2, True)
+    # Exact tables cost nothing; a few bytes cost something; training on labels wins some back.
+    out, error, code = run(capsys, *given, *ranker, "--data", data, "--method", "dense")
+    assert code == 0, error
+    assert "auc_imported" in out
+    assert "(+0.0000)" in out.split("auc_imported")[1].splitlines()[0]
+    given[-1] = tmp_path / "b2"
+    out, error, code = run(
+        capsys, *given, *ranker, "--data", data, "--method", "hash", "--budget", "0.02x", "--fine-tune", 2,
+        "--table-lr", 0.2,
+    )  # fmt: skip
+    assert code == 0, error
+    quality = Bundle(tmp_path / "b2").config["quality"]
+    assert list(quality) == ["auc_dense", "auc_imported", "auc_fine_tuned"]
+    assert quality["auc_fine_tuned"] != quality["auc_imported"]
