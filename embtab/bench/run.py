@@ -16,6 +16,7 @@ from embtab.bench.loading import PYARROW, loader_arms
 from embtab.bench.lookups import DENSE_ARMS, TORCH, TORCHREC, lookup_arms
 from embtab.bench.memory import free_memory, peak_bytes
 from embtab.bench.report import Result, result
+from embtab.bench.search import search_results
 from embtab.bench.serving import serving_arms
 from embtab.bench.steps import autoint_arms, din_arms
 from embtab.bench.timing import Arm, Times, alternate
@@ -23,7 +24,7 @@ from embtab.bench.workload import Case
 from embtab.datasets import synthetic
 from embtab.errors import UserError
 
-WHAT = ("lookups", "autoint", "din", "loader", "serving")
+WHAT = ("lookups", "autoint", "din", "loader", "serving", "search")
 GENERATED_ROWS = 400_000
 
 
@@ -92,6 +93,9 @@ def run(settings: Settings) -> list[Result]:
     for what in settings.what:
         if what == "loader":
             results += _loader(settings)
+            continue
+        if what == "search":
+            results += search_results(settings)
             continue
         for case in settings.cases():
             if _fits(what, settings, case):

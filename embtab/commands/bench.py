@@ -16,7 +16,10 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "and ratios are medians of the rounds' ratios to the baseline."
     )
     parser.add_argument(
-        "what", nargs="*", metavar="WHAT", help="lookups (default), autoint, din (steps), loader, serving; several"
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="lookups (default), autoint, din (steps), loader, serving, search (of histories); several",
     )
     parser.add_argument(
         "--arms",
@@ -57,6 +60,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     from embtab.bench.report import as_text, plot, write_csv
     from embtab.bench.run import Settings, run
+    from embtab.bench.search import plot_search
 
     numbers = [arguments.rounds, arguments.threads, *arguments.dim, *arguments.batch, *arguments.bag]
     if min(numbers) < 1 or arguments.cap < 0 or min(arguments.scale) <= 0 or not 0 <= arguments.fill <= 1:
@@ -91,4 +95,6 @@ def _bench(arguments: argparse.Namespace) -> None:
         write_csv(results, arguments.out / "results.csv")
         if any(each.what == "lookups" for each in results):
             plot(results, arguments.out / "cost.png")
+        if any(each.what == "search" for each in results):
+            plot_search(results, arguments.out / "search.png")
         print(f"{arguments.out}/results.csv", file=sys.stderr)
