@@ -145,7 +145,7 @@ class Bilevel(Training):
 
     def before(self) -> None:
         """Each epoch begins with validation batches of its own."""
-        if self.steps % self.steps_per_epoch() == 0:
+        if self.steps % self.data.steps_per_epoch == 0:
             self._validation, self._passes = None, 0
 
     def step(self, batch: Batch) -> float:

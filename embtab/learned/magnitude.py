@@ -82,7 +82,7 @@ class Pruning(Training):
 
     def allowed(self, step: int) -> int:
         """Bytes at a step; the budget from `end` on."""
-        last = self.method.epochs * self.steps_per_epoch()
+        last = self.method.epochs * self.data.steps_per_epoch
         first, end = self.method.start * last, self.method.end * last
         progress = min(max((step - first) / (end - first), 0.0), 1.0)
         return self.lab.budget + int(max(self.full - self.lab.budget, 0) * (1 - progress) ** 3)

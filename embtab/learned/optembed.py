@@ -27,6 +27,7 @@ width to fit the budget, the search says so; `row_budget` then drops further row
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class OptEmbed(Learned):
     Args:
         epochs: of the supernet, at most; it stops as the sweep's patience says.
         alpha: weight of the thresholds' penalty.
-        threshold_lr: their learning rate.
+        threshold_lr: their learning rate; 0 for the one at which the penalty alone would raise them, in all epochs, to
+            about half the L1 norm that rows start with.
         generations: of the evolution.
         parents: best candidates that have children.
         mutations: children by mutation, each generation.
@@ -66,8 +68,8 @@ class OptEmbed(Learned):
     """
 
     epochs: int = 8
-    alpha: float = 1e-4
-    threshold_lr: float = 1e-2
+    alpha: float = 1e-5
+    threshold_lr: float = 0.0
     generations: int = 15
     parents: int = 15
     mutations: int = 10
@@ -83,6 +85,10 @@ class OptEmbed(Learned):
         for name in ("epochs", "generations", "parents", "mutations", "search_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"optembed: {name} must be at least 1; got {getattr(self, name)}")
+        if not self.alpha > 0 or not self.threshold_lr >= 0:
+            raise UserError(
+                f"optembed: alpha must be above zero and threshold_lr not below; got {self.alpha}, {self.threshold_lr}"
+            )
         if self.row_budget and self.row_budget < 1:
             raise UserError(f"optembed: row_budget must be 0 or at least 1; got {self.row_budget}")
         if self.row_budget:
@@ -90,7 +96,9 @@ class OptEmbed(Learned):
 
     def search(self, lab: Lab) -> Found:
         """Stages "supernet" and "evolution"."""
-        gate = Thresholds(len(lab.spaces), lab.sweep.dim, self.alpha, self.threshold_lr)
+        norm = lab.sweep.dim * lab.sweep.init_std * (2 / math.pi) ** 0.5
+        reached = self.alpha * self.epochs * lab.data.steps_per_epoch
+        gate = Thresholds(len(lab.spaces), lab.sweep.dim, self.alpha, self.threshold_lr or norm / 2 / reached)
         training = Training(lab.sweep, lab.data, gate, lab.seed)
         lab.trained("supernet", training, self.epochs, lab.sweep.patience)
         rows = self._rows(lab, training)

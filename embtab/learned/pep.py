@@ -15,13 +15,14 @@ refused here.
 Differs from the paper:
 - The search stops as soon as the entries above their threshold fit the budget, in bytes of the form they are served in;
   what is left of it is spent on the entries closest below. (Published: at given numbers of parameters.)
-- Where the epochs end first, the entries with the least above their threshold go until the budget is met.
+- Where the epochs end first, the entries with the least above their threshold go until the budget is met
+  (by magnitude, or by impact, option `by`).
 - Rows that no sample has touched are left out; there is no weight decay on the tables, which are fused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from embtab.errors import UserError
 from embtab.learned.forms import largest_within, nbytes_of
-from embtab.learned.method import Found, Lab, Learned
+from embtab.learned.method import Found, Lab, Learned, check_scores, scores_of
 from embtab.learned.supernet import Gate
 from embtab.learned.training import Training
 
@@ -44,25 +45,30 @@ class PEP(Learned):
     Args:
         epochs: of the search, at most.
         thresholds: one for all ("global"), per id space ("space"), per column ("column"), or both ("space_column").
-        initial: the value of s that they start from.
-        threshold_lr: Adam's learning rate for them.
+        initial: the value of s that they start from; -15 and -150 in the published code, whose searches are longer.
+        threshold_lr: Adam's learning rate for them; 0 for the one at which weight decay alone would raise s to zero, a
+            threshold of one half, in three quarters of the epochs.
         weight_decay: their weight decay.
         every: steps between looks at the bytes.
+        by: what goes first where the epochs end above the budget: entries of the least "magnitude" beyond their
+            threshold, or of the least "impact" (see `scores_of`).
         retrain: "init", from first values; or "found", going on from what the search trained.
     """
 
     epochs: int = 8
     thresholds: str = "space_column"
-    initial: float = -15.0
-    threshold_lr: float = 0.02
+    initial: float = -6.0
+    threshold_lr: float = 0.0
     weight_decay: float = 1e-5
     every: int = 20
+    by: str = "magnitude"
     retrain: str = "init"
 
     name: ClassVar[str] = "pep"
 
     def check(self, lab: Lab) -> None:
         """Options within their ranges."""
+        check_scores(self.by, lab, self.name)
         if self.thresholds not in KINDS:
             raise UserError(f"pep: thresholds must be one of {', '.join(KINDS)}; got {self.thresholds!r}")
         if self.epochs < 1 or self.every < 1:
@@ -72,15 +78,22 @@ class PEP(Learned):
                 "pep: weight_decay must be above zero and initial below, as decay alone raises thresholds at first; "
                 f"got weight_decay={self.weight_decay}, initial={self.initial}"
             )
+        if not self.threshold_lr >= 0:
+            raise UserError(f"pep: threshold_lr must be zero or more; got {self.threshold_lr}")
         if self.retrain not in ("init", "found"):
             raise UserError(f"pep: retrain must be init or found; got {self.retrain!r}")
 
     def search(self, lab: Lab) -> Found:
         """Stage "thresholds"."""
-        training = Thresholding(lab, self)
+        steps = 0.75 * self.epochs * lab.data.steps_per_epoch
+        training = Thresholding(lab, replace(self, threshold_lr=self.threshold_lr or -self.initial / steps))
         lab.trained("thresholds", training, self.epochs)
         margins = training.margins()
-        masks = largest_within(lab.spaces, margins, lab.budget, lab.spec, self.name)
+        scores = margins
+        if self.by == "impact":
+            weighed = scores_of(training, training.tables.gated(), self.by)
+            scores = {name: np.where(margin > 0, weighed[name], margin) for name, margin in margins.items()}
+        masks = largest_within(lab.spaces, scores, lab.budget, lab.spec, self.name)
         measured = training.history[-1]
         above = {name: margin > 0 for name, margin in margins.items()}
         lab.archive.append(lab.note("thresholds", above, measured, epoch=training.epoch))

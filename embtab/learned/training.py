@@ -67,6 +67,11 @@ class Data:
         """How many there are."""
         return self.dataset.rows(split)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of the training split."""
+        return -(-self.rows("train") // self.batch_size)
+
 
 class Training:
     """A supernet and a ranker in training. Methods override `before`, `step` and `enough`.
@@ -131,10 +136,6 @@ class Training:
     def load_extra(self, state: State) -> None:
         """Takes it up again."""
 
-    def steps_per_epoch(self) -> int:
-        """Batches of the training split."""
-        return -(-self.data.rows("train") // self.data.batch_size)
-
     def fit(
         self,
         epochs: int,
@@ -183,7 +184,7 @@ class Training:
         self.model.train()
         self.tables.train()
         shown = title is not None and sys.stderr.isatty()
-        bar = tqdm(total=self.steps_per_epoch(), desc=f"{title} {self.epoch}", file=sys.stderr, disable=not shown)
+        bar = tqdm(total=self.data.steps_per_epoch, desc=f"{title} {self.epoch}", file=sys.stderr, disable=not shown)
         for batch in self.data.batches("train", self.epoch):
             self.before()
             loss = self.step(batch)

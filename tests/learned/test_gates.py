@@ -209,7 +209,7 @@ def test_the_schedule_ends_in_the_budget() -> None:
     pruning = Pruning.__new__(Pruning)
     pruning.method, pruning.full = Magnitude(epochs=10, start=0.2, end=0.8), 1000
     pruning.lab = type("Lab", (), {"budget": 100})()  # type: ignore[assignment]
-    pruning.steps_per_epoch = lambda: 10  # type: ignore[method-assign]
+    pruning.data = type("Data", (), {"steps_per_epoch": 10})()  # type: ignore[assignment]
     allowed = [pruning.allowed(step) for step in range(0, 101, 10)]
     assert allowed[:3] == [1000] * 3
     assert allowed[8:] == [100] * 3

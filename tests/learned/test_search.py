@@ -32,7 +32,7 @@ from embtab.training.task import RankingTask
 QUICK: dict[str, dict[str, Any]] = {
     "magnitude": {"epochs": 2, "every": 3},
     "optembed": {"epochs": 2, "generations": 3, "mutations": 4, "crossovers": 3},
-    "pep": {"epochs": 2, "every": 2, "initial": -6.0, "threshold_lr": 0.2},
+    "pep": {"epochs": 2, "every": 2},
     "dnis": {"warmup": 1, "epochs": 2},
 }
 METHODS: list[dict[str, Any]] = [{"name": name} | options for name, options in QUICK.items()]
@@ -244,6 +244,7 @@ def one_class(data: str, folder: Path) -> str:
         ({"name": "magnitude", "end": 0.1}, "0.3x", "0 <= start < end <= 1 must hold"),
         ({"name": "magnitude", "by": "size"}, "0.3x", "by must be one of magnitude, impact"),
         ({"name": "pep", "weight_decay": 0}, "0.3x", "decay alone raises thresholds"),
+        ({"name": "optembed", "alpha": 0}, "0.3x", "alpha must be above zero"),
         ({"name": "pep", "thresholds": "row"}, "0.3x", "thresholds must be one of global"),
         ({"name": "dnis", "blocks": [0.5, 0.6]}, "0.3x", "add up to 1"),
         ({"name": "optembed", "generations": 0}, "0.3x", "generations must be at least 1"),
@@ -285,7 +286,7 @@ def test_blocks_by_frequency_need_counts(data: str, tmp_path: Path) -> None:
     [
         ({**QUICK["optembed"], "name": "optembed", "row_budget": 1.5, "epochs": 1}, "fp32"),
         ({**QUICK["magnitude"], "name": "magnitude", "by": "impact", "epochs": 1}, "fp16"),
-        ({**QUICK["pep"], "name": "pep", "retrain": "found", "epochs": 1}, "int8"),
+        ({**QUICK["pep"], "name": "pep", "by": "impact", "retrain": "found", "epochs": 1}, "int8"),
     ],
     ids=lambda each: each if isinstance(each, str) else each["name"],
 )
