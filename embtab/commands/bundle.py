@@ -41,6 +41,10 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         "--since", type=Path, action="append", default=[], metavar="BUNDLE",
         help="write only the rows that changed since this bundle; repeat for the deltas made after it, in order",
     )  # fmt: skip
+    parser.add_argument(
+        "--part", choices=("representation", "attention"),
+        help="of a sequence model whose attention has tables of its own: which to take (default: representation)",
+    )  # fmt: skip
     parser.add_argument("--vocab", type=Path, metavar="DIR", help="take the vocabularies of this dataset folder along")
     _add_written(parser)
     parser.set_defaults(run=_export)
@@ -69,6 +73,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from embtab.signed import CONFIG
 
     is_bundle = (arguments.source / CONFIG).is_file()
+    if arguments.part and (is_bundle or arguments.format != "bundle"):
+        raise UserError("--part is of checkpoints that become bundles or deltas; leave it out here")
     if arguments.since:
         _export_delta(arguments, is_bundle)
     elif arguments.format in ("onnx", "aoti"):
@@ -98,10 +104,12 @@ def _export_delta(arguments: argparse.Namespace, is_bundle: bool) -> None:
         arguments.single,
     )
     if arguments.format != "bundle" or any(given) or is_bundle:
-        raise UserError("--since takes a checkpoint, writes a delta, and goes with no other option but --quality")
+        raise UserError(
+            "--since takes a checkpoint, writes a delta, and goes with no other option but --quality and --part"
+        )
     refuse_existing(arguments.out, overwrite=False)
     about = described(read_checkpoint(arguments.source), arguments.source)["about"]
-    tables = load_tables(arguments.source)
+    tables = load_tables(arguments.source, part=_part(arguments))
     counts = save_delta(tables, arguments.out, arguments.since, quality=_quality(arguments.quality), provenance=about)
     print(table([("tensor", "rows changed"), *((name, f"{count}") for name, count in counts.items())]))
 
@@ -161,7 +169,7 @@ def _export_bundle(arguments: argparse.Namespace) -> None:
     entry = described(checkpoint, arguments.source)
     trained: dict[str, Any] = {key: checkpoint[key] for key in ("epoch", "global_step") if key in checkpoint}
     save(
-        load_tables(arguments.source),
+        load_tables(arguments.source, part=_part(arguments)),
         arguments.out,
         vocab=arguments.vocab,
         quality=_quality(arguments.quality),
@@ -170,6 +178,11 @@ def _export_bundle(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         onnx=arguments.onnx,
     )
+
+
+def _part(arguments: argparse.Namespace) -> str:
+    """The tables that --part names, as a checkpoint calls them."""
+    return "attention" if arguments.part == "attention" else "tables"
 
 
 def _say_written(path: Path, kind: str = "bundle") -> None:

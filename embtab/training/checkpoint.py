@@ -86,6 +86,8 @@ def load_tables(
     checkpoint = read_checkpoint(path)
     entry = described(checkpoint, path)
     made = entry["plan"] if part == "tables" else entry["about"].get(f"{part}_plan")
+    if made is None and part == "attention":
+        raise UserError(f"{path}: its attention has no tables of its own; leave --part out to export those it shares")
     if made is None:
         raise UserError(f"{path}: its {part} were not made from a plan, so they cannot be rebuilt here")
     plan = Plan.from_dict(made)

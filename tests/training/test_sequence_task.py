@@ -21,6 +21,7 @@ from embtab.features import Feature
 from embtab.lookup import Optimizer
 from embtab.models import DARE, DIN, MeanPool
 from embtab.planning import plan
+from embtab.reader import Bundle
 from embtab.training.checkpoint import load_tables
 from embtab.training.data import DataModule
 from embtab.training.layout import Layout
@@ -310,7 +311,7 @@ def ndcg_of_a_row(gains: np.ndarray, scores: np.ndarray, k: int) -> float:
 
 def test_checkpoints_of_other_attention_tables_are_refused(planted, tmp_path):
     def task(dim: int) -> FitSequenceTask:
-        return FitSequenceTask(str(planted), dim=4, model=partial(DARE, **SMALL), attention={"dim": dim})
+        return FitSequenceTask(str(planted), dim=6, model=partial(DARE, **SMALL), attention={"dim": dim})
 
     run, trained = trainer(tmp_path, max_steps=2, enable_checkpointing=True), task(4)
     run.fit(trained, DataModule(str(planted), 128))
@@ -322,10 +323,31 @@ def test_checkpoints_of_other_attention_tables_are_refused(planted, tmp_path):
     again.load_state_dict(checkpoint["state_dict"])
     with pytest.raises(UserError, match="other attention tables"):
         other.on_load_checkpoint(checkpoint)
-    for part, tables in (("tables", trained.tables), ("attention", trained.attention)):
+    for part, name, tables in (
+        ("tables", "representation", trained.tables),
+        ("attention", "attention", trained.attention),
+    ):
+        cli.main(["export", str(path), str(tmp_path / part), "--part", name])
+        bundle = Bundle(tmp_path / part)
+        assert bundle.plan["dim"] == tables.plan.dim
+        wanted = tables(next(iter(ParquetBatches(planted, "test", 50))).sparse)["item"].values().detach()
+        ids = next(iter(ParquetBatches(planted, "test", 50))).sparse["item"].values()
+        np.testing.assert_allclose(bundle.lookup("item", ids.numpy()), wanted.numpy(), rtol=1e-6)
         loaded = load_tables(path, part=part)
         assert isinstance(loaded, EmbeddingCollection)
         assert all(torch.equal(loaded.lookup.table(name), tables.lookup.table(name)) for name in tables.plan.tables)
+
+
+def test_a_part_that_is_not_there_is_not_exported(planted, tmp_path, capsys):
+    run = trainer(tmp_path, max_steps=1, enable_checkpointing=True)
+    run.fit(FitSequenceTask(str(planted), dim=4, model=partial(DARE, **SMALL)), DataModule(str(planted), 128))
+    path = tmp_path / "shared.ckpt"
+    run.save_checkpoint(path)
+    for arguments, message in (([], "no tables of its own"), (["--format", "onnx"], "--part is of checkpoints")):
+        with pytest.raises(SystemExit):
+            cli.main(["export", str(path), str(tmp_path / "out"), "--part", "attention", *arguments])
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_named(planted):
