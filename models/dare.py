@@ -28,6 +28,9 @@ from embtab.errors import UserError
 from embtab.models.events import Events, segment_softmax, segment_sum, top_events
 from embtab.models.layers import Head
 
+LONG = 256
+"""Histories of so many events on average are scored one at a time."""
+
 
 class DARE(nn.Module):
     """Search by attention vectors, then target-aware representation of what was found.
@@ -76,8 +79,7 @@ class DARE(nn.Module):
         meaning = fields - self.has_position
         scale_f = torch.full((fields,), (meaning * dim) ** -0.5, device=target_bfd.device)
         scale_f[meaning:] = dim**-0.5
-        target_be = (target_bfd * scale_f.unsqueeze(1)).flatten(1)
-        return (target_be[attention.owner] * attention.history.flatten(1)).sum(1)
+        return _dots((target_bfd * scale_f.unsqueeze(1)).flatten(1), attention)
 
     def search(self, attention: Events) -> Tensor:
         """Bool [N]: the `top_k` events of each history with the highest scores.
@@ -108,3 +110,14 @@ class DARE(nn.Module):
         summary_be = self.summary(events, events if attention is None else attention)
         logits: Tensor = self.head(dense, others, target_be, summary_be, target_be * summary_be)
         return logits
+
+
+def _dots(target_be: Tensor, events: Events) -> Tensor:
+    """Float [N]: the product of each event's vector and its row of [B, E]."""
+    history_ne = events.history.flatten(1)
+    long = history_ne.shape[0] >= LONG * max(target_be.shape[0], 1)
+    if not long or torch.is_grad_enabled() or history_ne.is_cuda or torch.compiler.is_compiling():
+        return (target_be[events.owner] * history_ne).sum(1)
+    # Row by row nothing as large as the history is written: measured on a CPU, a fourth of the time or less.
+    rows = history_ne.split(events.lengths.tolist())
+    return torch.cat([row_le.mv(target_e) for row_le, target_e in zip(rows, target_be, strict=True)])

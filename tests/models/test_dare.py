@@ -181,3 +181,12 @@ def test_mistakes_are_named():
         DARE(0, 0, 2, 4, top_k=-1)
     with pytest.raises(UserError, match="beside its position"):
         DARE(0, 0, 1, 4)
+
+
+def test_long_histories_are_scored_alike_with_and_without_gradients():
+    _, attention = both([0, 1500, 3, 900])
+    model = dare()
+    with torch.no_grad():
+        found = model.scores(attention)
+    assert not torch.equal(found, torch.zeros_like(found))
+    torch.testing.assert_close(found, model.scores(attention), rtol=1e-5, atol=1e-5)
