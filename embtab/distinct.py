@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,22 +74,22 @@ def _sorted(numbers: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         ascending, order = numbers.sort()
         return ascending, order
     # Number and position as one number: NumPy sorts these twice as fast as torch sorts and keeps track of positions.
-    packed = torch.from_numpy(np.sort(((numbers << bits) | torch.arange(len(numbers))).numpy()))
-    return packed >> bits, packed & ((1 << bits) - 1)
+    packed = (numbers << bits).bitwise_or_(torch.arange(len(numbers)))
+    packed.numpy().sort()
+    return packed >> bits, packed.bitwise_and_((1 << bits) - 1)
 
 
-def gathered(vectors: Tensor, found: Distinct, offsets: Tensor, bags: Tensor | None = None) -> Tensor:
+def gathered(vectors: Tensor, found: Distinct, offsets: Tensor, bags: Tensor) -> Tensor:
     """[B, D]: the sums over bags of the vectors [U, D] of distinct ids.
 
     Args:
         vectors: of `found.ids`.
         found: the distinct ids of a batch, whose ids stand bag after bag.
         offsets: int [B + 1], where each bag begins.
-        bags: int [N], the bag of each of the batch's ids; None where each is a bag of its own.
+        bags: int [N], the bags of the ids in `found.order`.
     """
     kind = found.places.dtype
-    back = found.order if bags is None else bags.to(kind)[found.order]
-    sums: Tensor = _Gather.apply(vectors, found.places, offsets.to(kind), back, found.starts)
+    sums: Tensor = _Gather.apply(vectors, found.places, offsets.to(kind), bags.to(kind), found.starts)
     return sums
 
 

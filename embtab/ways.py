@@ -133,13 +133,12 @@ class PerDistinctId(Way):
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """Sums over bags [B, F, D]."""
         each = self.block.combine(self.rows, answers, None)
-        bag, device = self.shape.bag, each.device
-        numbers = torch.arange(len(self.lengths), device=device)
+        bag, order, device = self.shape.bag, self.found.order, each.device
         if bag is None:
             lengths = self.lengths.long()
-            bags = numbers.repeat_interleave(lengths, output_size=self.total)
-            sums = gathered(each, self.found, F.pad(lengths.cumsum(0), (1, 0)), bags)
+            bags = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=self.total)
+            sums = gathered(each, self.found, F.pad(lengths.cumsum(0), (1, 0)), bags[order])
             return per_bag(sums, self.shape.stride)
         offsets = torch.arange(0, self.total + 1, bag, dtype=torch.int32, device=device)
-        sums = gathered(each, self.found, offsets, None if bag == 1 else numbers.repeat_interleave(bag))
+        sums = gathered(each, self.found, offsets, order if bag == 1 else order // bag)
         return sums.view(self.shape.stride, len(self.block.features), -1)

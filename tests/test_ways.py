@@ -148,7 +148,7 @@ def test_gathered_is_an_embedding_bag_and_so_is_its_gradient() -> None:
     vectors = torch.randn(len(found.ids), 3, requires_grad=True)
     offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
     bags = torch.arange(4).repeat_interleave(lengths)
-    sums = gathered(vectors, found, offsets, bags)
+    sums = gathered(vectors, found, offsets, bags[found.order])
     each = vectors.detach()[found.places.long()].requires_grad_()
     expected = torch.zeros(4, 3).index_add(0, bags, each)
     torch.testing.assert_close(sums, expected)
