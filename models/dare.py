@@ -14,7 +14,7 @@ Where the authors' code (github.com/thuml/DARE) and this file differ:
     padding             may be selected, and then has weight            there is none
     empty history       uniform weights over padding                    zeros
     head's input        [v, h, v * h]                                   [v, sum w e, h]
-    further loss        a head of its own for the whole history         none
+    further loss        a head of its own for the whole history         `auxiliary`, off by default
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class DARE(nn.Module):
         hidden: widths of the head's hidden layers.
         act: activation of the head.
         dropout: share of the head's inputs dropped while training.
+        auxiliary: add the loss of a small head that sees the whole history, weighted by attention, so that events that
+            the search passes over have gradients too; training then looks up all of them.
 
     Raises:
         UserError: for a negative `top_k`, or a position that is the only field.
@@ -62,6 +64,7 @@ class DARE(nn.Module):
         hidden: Sequence[int] = (200, 80),
         act: str = "prelu",
         dropout: float = 0.0,
+        auxiliary: bool = False,
     ):
         super().__init__()
         if top_k < 0:
@@ -71,6 +74,7 @@ class DARE(nn.Module):
         self.top_k = top_k
         self.has_position = has_position
         self.head = Head(num_dense + (num_others + 3 * num_fields) * dim, hidden, act, dropout)
+        self.whole = Head(num_fields * dim, hidden[:1], act, dropout) if auxiliary else None
 
     def scores(self, attention: Events) -> Tensor:
         """Float [N]: how well each event's attention vectors fit those of its target."""
@@ -109,6 +113,19 @@ class DARE(nn.Module):
         target_be = events.target.flatten(1)
         summary_be = self.summary(events, events if attention is None else attention)
         logits: Tensor = self.head(dense, others, target_be, summary_be, target_be * summary_be)
+        return logits
+
+    def auxiliary_logits(self, events: Events, attention: Events | None = None) -> Tensor:
+        """Logits [B] of the auxiliary head: from the product of the target and the whole history.
+
+        Raises:
+            UserError: when the model was made without it.
+        """
+        if self.whole is None:
+            raise UserError("the model has no auxiliary head; make it with auxiliary=True")
+        weights = segment_softmax(self.scores(events if attention is None else attention), events.lengths)
+        summary_be = segment_sum(weights.unsqueeze(1) * events.history.flatten(1), events.lengths)
+        logits: Tensor = self.whole(events.target.flatten(1) * summary_be)
         return logits
 
 

@@ -77,6 +77,10 @@ class SequenceTask(RankingTask):
         if isinstance(model, DARE) and model.has_position != has_position:
             raise UserError(f"the data has {'a' if has_position else 'no'} position: set has_position={has_position}")
 
+    @property
+    def _is_auxiliary(self) -> bool:
+        return isinstance(self.model, DARE) and self.model.whole is not None
+
     def _collections(self) -> dict[str, EmbeddingCollection]:
         found = {"tables": self.tables, "attention": self.attention}
         return {name: each for name, each in found.items() if isinstance(each, EmbeddingCollection)}
@@ -87,9 +91,14 @@ class SequenceTask(RankingTask):
         return logits
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean binary cross entropy in nats and, where asked for, the regularisation of the rows looked up."""
+        """The mean binary cross entropy in nats and, where asked for, that of the auxiliary head and the regularisation
+        of the rows looked up.
+        """
         logits, sparse, vectors = self._ranked(batch)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.label)
+        if self._is_auxiliary:
+            further = self.model.auxiliary_logits(*(self.layout.gathered(each) for each in vectors.values()))  # type: ignore[operator]
+            loss = loss + nn.functional.binary_cross_entropy_with_logits(further, batch.label)
         for name, collection in self._collections().items() if self.l2 else ():
             features = collection.plan.features
             loss = loss + self.l2 * minibatch_l2(vectors[name], sparse, features, self.counts[name])
@@ -133,6 +142,8 @@ class SequenceTask(RankingTask):
     def _searched(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The batch with only the events that the model's search finds."""
         longest = self.layout.longest(sparse)
+        if self.training and self._is_auxiliary:
+            return sparse
         if not isinstance(self.model, DARE) or not 0 < self.model.top_k < longest:
             return sparse
         with torch.no_grad():

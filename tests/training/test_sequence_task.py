@@ -132,6 +132,32 @@ def test_searching_before_looking_up_changes_neither_logits_nor_gradients(name):
         torch.testing.assert_close(left, right)
 
 
+def test_the_auxiliary_loss_sees_the_whole_history():
+    """It adds the loss of a head over all events, and so reaches rows of events that the search passed over."""
+    torch.manual_seed(1)
+    model = DARE(0, 2, 2, 4, top_k=1, auxiliary=True, **SMALL)
+    task = SequenceTask(collection(), model, attention=collection(events(), dim=3))
+    one = batch()
+    looked_up = []
+    hook = task.tables.register_forward_pre_hook(lambda _, inputs: looked_up.append(inputs[0]["past"].lengths()))
+    loss = task.loss(one)
+    assert torch.equal(looked_up[0], one.sparse["past"].lengths())
+    hook.remove()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    whole, attention = (task.layout.gathered(each(one.sparse)) for each in (task.tables, task.attention))
+    model.top_k = 0
+    product = whole.target.flatten(1) * model.summary(whole, attention)
+    wanted = bce(model.whole(product), one.label)
+    model.top_k = 1
+    torch.testing.assert_close(loss, bce(task(one), one.label) + wanted)
+    task.eval()
+    task.tables.register_forward_pre_hook(lambda _, inputs: looked_up.append(inputs[0]["past"].lengths()))
+    task(one)
+    assert looked_up[-1].max() == 1  # serving searches first
+    with pytest.raises(UserError, match="no auxiliary head"):
+        tasks()["dare"].model.auxiliary_logits(whole, attention)
+
+
 def test_the_backward_pass_touches_only_what_was_found():
     task, one = tasks()["dare"], batch(longest=6)
     looked_up = []
