@@ -190,6 +190,6 @@ def _checked(where: str, kind: Any, value: Any) -> Any:
     wanted = {"str": str, "int": int, "float": float}.get(kind, Mapping)
     if kind.startswith("tuple") or not isinstance(value, wanted) or isinstance(value, bool):
         raise UserError(f"{where} must be {'a list' if kind.startswith('tuple') else kind}, got {value!r}")
-    if kind == "int" and value < 1:
+    if isinstance(value, int) and value < 1:
         raise UserError(f"{where} must be at least 1, got {value!r}")
     return value
