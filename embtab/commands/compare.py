@@ -48,5 +48,5 @@ def _sequences(arguments: argparse.Namespace, seeds: list[int] | None) -> str:
     if arguments.jobs > 1:
         raise UserError("--jobs: sequence models are trained one after the other; leave it out")
     text = run_study(read_study(arguments.config, data=arguments.data, seeds=seeds), arguments.out)
-    print(f"report: {arguments.out}/report.md (and results.csv)", file=sys.stderr)
+    print(f"report: {arguments.out}/report.md (and results.csv, auc.png)", file=sys.stderr)
     return text

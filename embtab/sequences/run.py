@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from embtab.compare.sweep import label
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.files import locked, write_text
+from embtab.sequences.plot import plot
 from embtab.sequences.report import report
 from embtab.sequences.study import Cell, Study
 
@@ -28,7 +30,7 @@ Row = dict[str, Any]
 
 
 def run_study(study: Study, out: Path) -> str:
-    """Runs what is not yet done of a study and writes results.csv and report.md.
+    """Runs what is not yet done of a study and writes results.csv, report.md and auc.png.
 
     Args:
         study: what to compare.
@@ -60,6 +62,10 @@ def run_study(study: Study, out: Path) -> str:
         rows = read_rows(out / "results.csv")  # what is reported is what is in the file
         text = report(study, dataset, [rows[key] for key in cells])
         write_text(out / "report.md", text)
+        if find_spec("matplotlib") is None:
+            print("no auc.png: install matplotlib with: pip install 'embtab[plot]'", file=sys.stderr)
+        else:
+            plot([rows[key] for key in cells], out / "auc.png")
     return text
 
 

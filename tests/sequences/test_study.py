@@ -14,6 +14,7 @@ from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import read_features
 from embtab.planning import plan
 from embtab.sequences import run
+from embtab.sequences.plot import points
 from embtab.sequences.study import Study, read_study
 from embtab.sequences.train import cell_bytes, make_plans, make_task, table_bytes
 
@@ -70,6 +71,7 @@ def test_the_attention_may_start_wider(planted, tmp_path):
 
 
 def test_a_study_resumes_where_it_was_left_and_reports_its_means(planted, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     config, out = tmp_path / "study.yaml", tmp_path / "report"
     settings = described(planted, methods=["dense", "hash"], budgets=["0.001x"])
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -102,6 +104,10 @@ def test_a_study_resumes_where_it_was_left_and_reports_its_means(planted, tmp_pa
     assert f"{np.mean(gaps):+.4f}" in shown
     assert "infeasible" in shown
     assert (out / "report.md").read_text() in shown
+    assert (out / "auc.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = points(list(run.read_rows(out / "results.csv").values()))
+    assert list(drawn) == [("dense", name) for name in ARMS]
+    assert drawn["dense", "dare"] == [(int(ok[2]["nbytes"]), interval.mean, interval.high - interval.mean)]
 
 
 def test_a_cell_is_known_by_what_it_does_not_by_its_name(planted, tmp_path):
