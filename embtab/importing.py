@@ -1,8 +1,9 @@
 """Dense tables from anywhere, into any plan: read safely, fit, and say how much was lost.
 
-Files stay on disk: safetensors and npy are memory-mapped, Parquet is copied batch by batch to a mapped file without a
-name, and fits read a chunk of ids at a time, so a table may be larger than memory where its fit is (least squares with
-a closed form). Torch files are mapped too where they were written in the zip format, as they are since torch 1.6.
+Files stay on disk: safetensors (of types that NumPy has) and npy are memory-mapped, Parquet is copied batch by batch to
+a mapped file without a name (what pyarrow buffers meanwhile comes on top), and fits read a chunk of ids at a time, so a
+table may be larger than memory where its fit is one of closed form. Torch files are mapped where they are in the zip
+format, as they are since torch 1.6.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embtab.bundle_files import map_tensors
 from embtab.collections import EmbeddingBagCollection, _Collection
 from embtab.errors import DataError, UserError
 from embtab.features import Feature, id_spaces, read_features
 from embtab.fitting import CHUNK, Target, fit
 from embtab.planning import Plan
+from embtab.signed import BundleError
 
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")
 Dense = Mapping[str, Tensor | np.ndarray]
@@ -222,11 +225,14 @@ def _mapped(array: np.ndarray) -> Tensor:
 
 
 def _from_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
+    try:
+        for name, array in map_tensors(path).items():
+            yield name, _mapped(array)
+        return
+    except BundleError:  # types that NumPy lacks, such as bfloat16: those are read into memory
+        from safetensors.torch import load_file
 
-    with safe_open(path, framework="pt") as held:  # which maps the file
-        for name in held.keys():  # noqa: SIM118 (no dict)
-            yield name, held.get_tensor(name)
+    yield from load_file(path).items()
 
 
 def _from_parquet(path: Path) -> Tensor:
