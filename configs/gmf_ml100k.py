@@ -1,6 +1,6 @@
 """Generalised matrix factorisation on MovieLens-100k by the protocol of github.com/thomasahle/cce, on any table.
 
-    python configs/gmf_ml100k.py ML-100K --methods hash unified robe cce dhe tt lowrank --seeds 1 2 3 4 5
+    python configs/gmf_ml100k.py ML-100K --methods hash unified:chunks=4 robe cce dhe tt lowrank --seeds 1 2 3 4 5
 
 Ratings of 3 are dropped, 4 and 5 are positive, the last two events of each user are the validation set; dim 32, AdamW
 with lr 1e-3, batch 4096, 100 epochs, and the AUC of the best epoch counts, as in that library. Sizes are float32
@@ -24,6 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 import embtab as et
+from embtab.commands.parser import read_option
 from embtab.planning import MethodSpec, Plan
 from embtab.training.metrics import auc
 
@@ -91,13 +92,19 @@ def best_auc(data: Ratings, plan: Plan, seed: int, epochs: int) -> float:
     return best
 
 
-def line(data: Ratings, method: MethodSpec, precision: str, floats: int, seeds: list[int], epochs: int) -> str:
+def spec_of(text: str) -> MethodSpec:
+    """A method from "name" or "name:option=value:option=value"."""
+    name, *options = text.split(":")
+    return {"name": name, **dict(map(read_option, options))} if options else name
+
+
+def line(data: Ratings, method: str, precision: str, floats: int, seeds: list[int], epochs: int) -> str:
     """A line of the table."""
     head = f"| {method} | {precision} | {floats:,} |"
     found: list[float] = []
     for seed in tqdm(seeds, desc=head, leave=False):
         try:
-            plan = et.plan(data.features, method, 4 * floats, DIM, seed, precision)
+            plan = et.plan(data.features, spec_of(method), 4 * floats, DIM, seed, precision)
         except et.InfeasibleBudget as error:
             return f"{head} infeasible: needs {error.min_bytes:,} bytes |"
         found.append(best_auc(data, plan, seed, epochs))
@@ -109,7 +116,9 @@ def main() -> None:
     """Runs every method at every size and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("raw", type=Path, help="the folder of MovieLens-100k")
-    parser.add_argument("--methods", nargs="+", default=["hash", "unified", "robe", "cce", "dhe", "tt", "lowrank"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["hash", "unified:chunks=4", "robe", "cce", "dhe", "tt", "lowrank"]
+    )
     parser.add_argument("--precisions", nargs="+", default=["fp32"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 4096, 16384])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])

@@ -3,14 +3,14 @@
 The rule, in the order in which it is applied (configs/README.md has the measurements behind it):
 
 1. Where the dense float32 tables fit, they are taken. Nothing beat them by more than noise.
-2. Else rows are served in int8. A row of 16 numbers then takes 20 bytes instead of 64, and three times as many rows
-   were worth more than the rounding at every budget, for every method that stores rows.
-3. Where the dense tables fit in int8, they are taken.
+2. Else, where they fit with rows served in int8 (a row of 16 numbers takes 20 bytes instead of 64), those.
+3. Else rows are served in int4 (12 bytes): rounding dense tables to it cost 0.0003 AUC, and what it saves buys rows.
+   Where the dense tables fit in int4, they are taken.
 4. The smallest features stay dense, as long as together they take no more than a tenth of the budget: a gender that
    shares rows with another costs as much quality as a user that does, and saves nothing.
 5. What is left is asked how many of its ids matter: the perplexity of their counts, the *effective* number of ids.
-   - Less than a quarter of the ids: a few ids carry the traffic. No two of them meet in all their hashed rows, and the
-     others are noise to them: sums of two hashed rows (multihash).
+   - Less than a quarter of the ids: a few ids carry the traffic. No two of them meet in both their hashed rows, and the
+     others are noise to them: two hashed rows of one table that all features share, side by side (unified).
    - More: most ids matter, and codes that keep them apart by their structure beat random ones. A narrow row for each
      id with a projection (lowrank) while half the width fits, then the product of two complementary parts (qr), or of
      three (partitions) where two do not fit. Without counts all ids are taken to matter alike.
@@ -50,7 +50,7 @@ def choices(spaces: Sequence[Feature], limit: int | None, dim: int, precision: s
         dim: D, the width of every vector.
         precision: the only one to use; None to choose.
     """
-    for name in ("fp32", "int8") if precision is None else (precision,):
+    for name in ("fp32", "int8", "int4") if precision is None else (precision,):
         spec = Spec(dim, precision=name)
         if limit is None or sum(map(spec.dense_bytes, spaces)) <= limit:
             return [Choice(name, {space.name: "dense" for space in spaces})]
@@ -59,8 +59,8 @@ def choices(spaces: Sequence[Feature], limit: int | None, dim: int, precision: s
     large = [space for space in spaces if space.name not in small]
     share = (limit - sum(small.values())) / sum(map(spec.dense_bytes, large))
     fits_half = spec.row_bytes(max(dim // 2, 1)) <= share * spec.row_bytes(dim)
-    structures = ["lowrank"] * fits_half + ["qr", "partitions", "multihash"]
-    methods = dict.fromkeys(small, "dense") | {space.name: "multihash" for space in large}
+    structures = ["lowrank"] * fits_half + ["qr", "partitions", "unified"]
+    methods = dict.fromkeys(small, "dense") | {space.name: "unified" for space in large}
     even = [space.name for space in large if effective_ids(space) >= EVEN * space.num_ids]
     return [Choice(spec.precision, methods | dict.fromkeys(even, structure)) for structure in structures]
 
