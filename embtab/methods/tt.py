@@ -72,14 +72,14 @@ class TensorTrain(Encoding):
         return (left.reshape(*some, q1 * q2, r2) @ third.reshape(*some, r2, q3)).reshape(*some, self.dim)
 
     def start(self, std: float) -> Sequence[PartInit]:
-        """Cores two and three start around a mean of their own spread, so that the first core learns at once.
+        """All cores start with one mean square, two and three around a mean m of their own spread.
 
-        E[entry^2] = std1^2 R1 sum over b, b' of E[g2_b g2_b'] E[g3_b g3_b'], and E[g_b g_b'] = m^2 + (b = b') m^2.
+        E[entry^2] = E[g1^2] R1 sum over b, b' of E[g2_b g2_b'] E[g3_b g3_b'], where E[g_b g_b'] = m^2 + (b = b') m^2
+        and E[g1^2] = 2 m^2.
         """
         r1, r2 = self.ranks
-        mean = r2**-0.5
-        square = r1 * r2 * (4 + r2 - 1) * mean**4
-        return [PartInit(0.0, std / square**0.5), PartInit(mean, mean), PartInit(mean, mean)]
+        mean = (std**2 / (2 * r1 * r2 * (r2 + 3))) ** (1 / 6)
+        return [PartInit(0.0, 2**0.5 * mean), PartInit(mean, mean), PartInit(mean, mean)]
 
     @classmethod
     def solve(cls, spaces: Sequence[Feature], budget: int | None, spec: Spec) -> Solution:
