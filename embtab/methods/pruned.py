@@ -56,6 +56,11 @@ class Pruned(Encoding):
         return self.num_rows < self._num_ids
 
     @property
+    def variant(self) -> tuple:
+        """Where every id has a row, nothing asks whether one is there."""
+        return (self.may_skip,)
+
+    @property
     def _num_ids(self) -> int:
         assert self.num_ids is not None
         return self.num_ids

@@ -111,3 +111,18 @@ def test_a_budget_below_zeros_is_infeasible() -> None:
     with pytest.raises(et.InfeasibleBudget, match="'m' cannot fit into 11 B") as caught:
         largest_within(id_spaces(FEATURES), scores, 11, Spec(16), "m")
     assert caught.value.min_bytes == 12
+
+
+def test_a_space_that_keeps_all_rows_beside_one_that_does_not() -> None:
+    # Both are cut to the same width without a bitmap, so they differ in constants alone.
+    masks = {"whole": np.zeros((4, 4), bool), "half": np.zeros((4, 4), bool)}
+    masks["whole"][:, :3] = True
+    masks["half"][:2, :3] = True
+    features = [et.Feature("whole", 4), et.Feature("half", 4)]
+    plan = plan_of(features, masks, Spec(4), None)
+    assert {e.method for e in plan.encodings.values()} == {"pruned"}
+    assert [table.shape for table in plan.tables.values()] == ["4 x 3 fp32", "2 x 3 fp32"]
+    rows = {name: torch.randn(4, 4) for name in masks}
+    found = compacted(plan, masks, rows).vectors(single_ids({name: np.arange(4) for name in masks}))
+    for i, (name, mask) in enumerate(masks.items()):
+        assert torch.equal(found[:, i], rows[name] * torch.from_numpy(mask)), name
