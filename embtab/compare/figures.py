@@ -20,6 +20,7 @@ from embtab.compare.figure import (
     precisions_of,
     signed,
 )
+from embtab.compare.searches import search_cost
 from embtab.compare.summary import Point, Summary
 from embtab.sizes import format_bytes
 
@@ -28,7 +29,7 @@ MAX_PARTS = len(charts.COLOURS)
 
 def figures(summary: Summary) -> list[Figure]:
     """Those that the results hold data for."""
-    made = (_auc, _parts, _speed, slices, collisions, calibration)
+    made = (_auc, _parts, _speed, search_cost, slices, collisions, calibration)
     return [figure for figure in (make(summary) for make in made) if figure is not None]
 
 
@@ -112,7 +113,7 @@ def _parts(summary: Summary) -> Figure:
     by_point: dict[Point, dict[str, int]] = {}
     for point in summary.points:
         kinds = by_point.setdefault(point, {})
-        for part, nbytes in point.rows[0]["bytes_by_part"].items():
+        for part, nbytes in point.largest["bytes_by_part"].items():
             kinds[kind_of(part)] = kinds.get(kind_of(part), 0) + nbytes
         for kind, nbytes in kinds.items():
             totals[kind] = totals.get(kind, 0) + nbytes

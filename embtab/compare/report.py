@@ -143,10 +143,17 @@ def _script_json(value: Any) -> Any:
 
 
 def _section(title: str, prefix: str, summary: Summary) -> Section:
-    undone = [_why(row) for row in summary.undone]
     same = "; ".join(f"{left_out} = {kept}" for left_out, kept in summary.same)
     said = f"The same runs under other names, shown once: {same}." if same else ""
-    return Section(title, prefix, advise(summary), figures(summary) if summary.points else [], undone, said)
+    return Section(title, prefix, advise(summary), figures(summary) if summary.points else [], _undone(summary), said)
+
+
+def _undone(summary: Summary) -> list[str]:
+    """What has no result and why, with the seeds that it is true of."""
+    seeds: dict[str, list[str]] = {}
+    for row in summary.undone:
+        seeds.setdefault(_why(row), []).append(str(row["seed"]))
+    return [f"{why} (seed{'s' if len(own) > 1 else ''} {', '.join(own)})" for why, own in seeds.items()]
 
 
 def _why(row: Row) -> str:

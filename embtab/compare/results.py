@@ -19,18 +19,31 @@ from embtab.files import write_text
 
 METRICS = ("auc", "logloss", "ne", "calibration", "gauc", "hr@10", "ndcg@10", "val_auc", "epochs")
 """On the test split, but for val_auc."""
-TIMES = ("samples_per_s", "latency_us", "seconds")
+TIMES = ("samples_per_s", "latency_us", "seconds", "search_seconds")
+COSTS = ("search_seconds", "trained_samples", "training_nbytes")
+"""What making the tables took, beside `seconds` of it all; nothing of it is needed to serve them."""
 DETAILS = ("slices", "deciles", "collisions", "auc_resampled")
 """See `embtab.compare.measure`."""
 COLUMNS = (
     *("key", "status", "method", "budget", "precision", "seed", "budget_bytes", "nbytes", "dense_nbytes", "min_bytes"),
     *METRICS,
-    *TIMES,
+    *TIMES[:-1],
+    *COSTS,
     *("bytes_by_part", "training", "dim", "dataset", "fingerprint", "versions", "error"),
     *DETAILS,
 )
 _TEXTS = ("key", "status", "method", "budget", "precision", "dataset", "fingerprint", "error")
-_WHOLE = ("seed", "budget_bytes", "nbytes", "dense_nbytes", "min_bytes", "dim", "epochs")
+_WHOLE = (
+    "seed",
+    "budget_bytes",
+    "nbytes",
+    "dense_nbytes",
+    "min_bytes",
+    "dim",
+    "epochs",
+    "trained_samples",
+    "training_nbytes",
+)
 _NESTED = ("bytes_by_part", "training", "versions", "slices", "deciles", "collisions")
 
 
@@ -51,9 +64,10 @@ def read_results(file: Path) -> dict[str, Row]:
         return {}
     with file.open(newline="", encoding="utf-8") as opened:
         reader = csv.DictReader(opened)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        without_costs = tuple(name for name in COLUMNS if name not in COSTS)  # of sweeps before these were counted
+        if tuple(reader.fieldnames or ()) not in (COLUMNS, without_costs):
             raise UserError(f"{file}: not a results.csv of this version of embtab; choose another --out")
-        rows = [{name: _parsed(name, text) for name, text in row.items()} for row in reader]
+        rows = [{name: _parsed(name, row.get(name, "")) for name in COLUMNS} for row in reader]
     return {place(row): row for row in rows}
 
 

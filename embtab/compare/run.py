@@ -14,7 +14,7 @@ from embtab.compare.report import make_report, write_report
 from embtab.compare.results import COLUMNS, place, read_results, write_parquet, write_results
 from embtab.compare.summary import Row
 from embtab.compare.sweep import Cell, Sweep, cell_key, label, training_key
-from embtab.compare.workers import Job, outcomes
+from embtab.compare.workers import AnyJob, Job, SearchJob, outcomes
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import Feature, read_features
@@ -25,11 +25,17 @@ from embtab.sizes import parse_bytes
 
 @dataclass(frozen=True)
 class _Planned:
-    """A cell's row before it runs, with its plan; None where its budget is infeasible."""
+    """A cell's row before it runs; its plan, where that is known by then."""
 
     sweep: Sweep
+    cell: Cell
     row: Row
-    plan: Plan | None
+    plan: Plan | None = None
+
+    @property
+    def group(self) -> str:
+        """Equal for cells that share a training."""
+        return training_key(self.sweep, self.plan, self.row["seed"]) if self.plan else str(self.row["key"])
 
 
 def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
@@ -60,8 +66,8 @@ def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
         rows = read_results(out / "results.csv")
         work = []
         for each in planned:
-            done = None if each.plan is None else _done(rows, each.row["key"])
-            if each.plan is None:
+            done = _done(rows, each.row["key"])
+            if each.row["status"] == "infeasible":
                 rows[place(each.row)] = each.row
             elif done is not None:  # the same run, perhaps under another budget
                 rows[place(each.row)] = {**done, **{k: each.row[k] for k in ("method", "budget", "budget_bytes")}}
@@ -91,6 +97,8 @@ def _planned(sweep: Sweep, dataset: Dataset, features: list[Feature], cell: Cell
     Raises:
         UserError: for a method, option or budget that makes no sense.
     """
+    from embtab.compare.searched import is_learned, search_key
+
     dense = plan(features, "dense", None, sweep.dim).nbytes
     row: Row = dict.fromkeys(COLUMNS)
     row |= {
@@ -107,22 +115,23 @@ def _planned(sweep: Sweep, dataset: Dataset, features: list[Feature], cell: Cell
         "budget_bytes": None if cell.budget is None else parse_bytes(cell.budget, dense),
     }
     try:
+        if is_learned(cell.method):  # it finds its plan when it runs
+            return _Planned(sweep, cell, row | {"key": search_key(sweep, cell)})
         made = plan(features, cell.method, cell.budget, sweep.dim, cell.seed, cell.precision)
     except InfeasibleBudget as error:
         row |= {"status": "infeasible", "min_bytes": error.min_bytes, "error": str(error)}
-        return _Planned(sweep, row | {"key": f"infeasible {cell.name} {dataset.fingerprint}"}, None)
+        return _Planned(sweep, cell, row | {"key": f"infeasible {cell.name} {dataset.fingerprint}"})
     row |= {"precision": cell.precision or made.precision}
     row |= {"nbytes": made.nbytes, "bytes_by_part": made.bytes_by_part()}
-    return _Planned(sweep, row | {"key": cell_key(sweep, made, dataset.fingerprint, cell.seed)}, made)
+    return _Planned(sweep, cell, row | {"key": cell_key(sweep, made, dataset.fingerprint, cell.seed)}, made)
 
 
 def _train_all(work: list[_Planned], rows: dict[str, Row], out: Path, jobs: int) -> None:
     """Trains every cell once, writing results.csv after each; cells that train alike share one run."""
     groups: dict[str, list[_Planned]] = {}
     for each in work:
-        assert each.plan is not None
-        groups.setdefault(training_key(each.sweep, each.plan, each.row["seed"]), []).append(each)
-    tasks = {key: _job(members) for key, members in groups.items()}
+        groups.setdefault(each.group, []).append(each)
+    tasks = {key: _job(members, out) for key, members in groups.items()}
     durations = [row["seconds"] for row in rows.values() if row["seconds"] is not None]
     bar = tqdm(total=len(groups), desc="runs", unit="run", file=sys.stderr)
     write_results(out / "results.csv", list(rows.values()))
@@ -143,16 +152,19 @@ def seconds_left(durations: list[float], runs: int, jobs: int) -> float:
     return statistics.fmean(durations) * -(-runs // jobs)
 
 
-def _job(members: list[_Planned]) -> Job:
-    """One training, and the plans that it serves: the same tables in several precisions."""
+def _job(members: list[_Planned], out: Path) -> AnyJob:
+    """One search; or one training, and the plans that it serves: the same tables in several precisions."""
+    first = members[0]
+    if first.plan is None:
+        return SearchJob(first.sweep, first.cell, first.row["key"], out / "searches" / first.row["key"])
     plans = {each.row["key"]: each.plan for each in members if each.plan is not None}
-    return Job(members[0].sweep, plans, members[0].row["seed"])
+    return Job(first.sweep, plans, first.row["seed"])
 
 
 def _said(row: Row) -> str:
-    result = f"auc {row['auc']:.5f}" if row["status"] == "ok" else f"failed: {row['error']}"
+    result = f"auc {row['auc']:.5f}" if row["status"] == "ok" else f"{row['status']}: {row['error']}"
     return f"{row['method']}, {row['precision']}, {row['budget']}, seed {row['seed']}: {result}"
 
 
 def _done(rows: dict[str, Row], key: str) -> Row | None:
-    return next((row for row in rows.values() if row["key"] == key and row["status"] == "ok"), None)
+    return next((row for row in rows.values() if row["key"] == key and row["status"] in ("ok", "infeasible")), None)

@@ -45,9 +45,14 @@ class Point:
         return f"{self.method}, {self.precision}"
 
     @property
+    def largest(self) -> Row:
+        """The run of the most bytes: a search finds a shape of its own with every seed."""
+        return max(self.rows, key=lambda row: row["nbytes"])
+
+    @property
     def nbytes(self) -> int:
-        """Serving bytes."""
-        return int(self.rows[0]["nbytes"])
+        """Serving bytes, the most of any run."""
+        return int(self.largest["nbytes"])
 
     @property
     def smaller(self) -> float:
@@ -102,7 +107,7 @@ class Summary:
         points: in the order dense, then budgets as listed, then methods as listed. Where two have the same runs (at 1x
             every method is dense), only the first is kept.
         same: names of points left out for that, each with the name of the kept one.
-        undone: a row of each point without a result: infeasible or failed.
+        undone: the rows without a result: infeasible or failed.
         budgets: bytes of each budget, in the order listed.
         bayes: AUC of the best possible ranker, where it is known.
     """
@@ -155,12 +160,12 @@ def summarise(rows: Sequence[Row], budgets: Sequence[str], bayes: float | None =
         groups.setdefault((row["method"], row["precision"], row["budget"]), []).append(row)
     order = ["none", *budgets]
     points: dict[frozenset[str], Point] = {}
-    same, undone = [], []
+    same: list[tuple[str, str]] = []
+    undone: list[Row] = []
     for _, members in sorted(groups.items(), key=lambda group: order.index(group[0][2])):
         point = Point(tuple(sorted((row for row in members if row["status"] == "ok"), key=lambda row: row["seed"])))
-        if not point.rows:
-            undone.append(members[0])
-        elif points.setdefault(point.keys, point) is not point:
+        undone += [row for row in members if row["status"] != "ok"]
+        if point.rows and points.setdefault(point.keys, point) is not point:
             same.append((f"{point.name}, {point.budget}", f"{points[point.keys].name}, {points[point.keys].budget}"))
     sizes = {row["budget"]: row["budget_bytes"] for row in rows if row["budget_bytes"] is not None}
     listed = {budget: sizes[budget] for budget in budgets if budget in sizes}

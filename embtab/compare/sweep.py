@@ -23,7 +23,8 @@ class Sweep:
     data: str
     """A folder made by `embtab prepare`."""
     methods: tuple[MethodSpec, ...]
-    """Names of methods, or maps such as {name: qr, op: sum}. `dense` is run once a seed, without a budget."""
+    """Names of methods, or maps such as {name: qr, op: sum}; of `embtab.METHODS`, or of `embtab.learned.LEARNED`, which
+    search their shape. `dense` is run once a seed, without a budget."""
     budgets: tuple[int | str, ...]
     """Serving bytes: 8_000_000, "8MB", or "0.1x" of the dense tables."""
     seeds: tuple[int, ...] = (0, 1, 2)

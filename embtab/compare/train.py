@@ -54,13 +54,13 @@ def train(sweep: Sweep, plans: Mapping[str, Plan], seed: int, show: bool = False
 
     Returns:
         By the same names: the metrics of the test split at the best epoch of the validation split; val_auc of that
-        epoch; epochs trained; samples_per_s of training alone; seconds of it all; and what `embtab.compare.measure`
-        finds.
+        epoch; epochs and trained_samples; samples_per_s of training alone; training_nbytes of the tables; seconds of
+        it all; and what `embtab.compare.measure` finds.
 
     Raises:
         UserError: for an unknown model or option, or a loss that is not finite.
     """
-    _quieten()
+    quieten()
     torch.set_num_threads(1)  # a result does not depend on how many runs share the machine
     L.seed_everything(seed, workers=True, verbose=False)
     data = DataModule(sweep.data, sweep.batch_size, seed=seed)
@@ -73,24 +73,21 @@ def train(sweep: Sweep, plans: Mapping[str, Plan], seed: int, show: bool = False
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(Path(folder), filename="best", monitor="val/auc", mode="max")
         stop = EarlyStopping("val/auc", mode="max", patience=sweep.patience)
-        trainer = L.Trainer(
-            max_epochs=sweep.epochs,
-            accelerator="cpu" if not torch.cuda.is_available() else "gpu",
-            devices=1,
-            callbacks=[best, stop, progress],
-            logger=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
+        trainer = make_trainer(sweep.epochs, [best, stop, progress])
         started = time.perf_counter()
         trainer.fit(task, data)
-        run = {"epochs": trainer.current_epoch, "samples_per_s": float(trainer.callback_metrics["train/samples_per_s"])}
+        run = {
+            "epochs": trainer.current_epoch,
+            "trained_samples": trainer.current_epoch * data.dataset.rows("train"),
+            "training_nbytes": _training_nbytes(tables),
+            "samples_per_s": float(trainer.callback_metrics["train/samples_per_s"]),
+        }
         state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     found = {}
     for name, plan in plans.items():
         task.tables = tables if plan is tables.plan else _tables(sweep, plan)
         task.load_state_dict(state)
-        found[name] = run | _measured(task, trainer, data)
+        found[name] = run | measured(task, trainer, data)
     seconds = time.perf_counter() - started
     return {name: row | {"seconds": seconds} for name, row in found.items()}
 
@@ -100,8 +97,32 @@ def _tables(sweep: Sweep, plan: Plan) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(plan, optimizer=optimizer, init_std=sweep.init_std)
 
 
-def _measured(task: MeasuredTask, trainer: L.Trainer, data: DataModule) -> dict[str, Any]:
-    """Everything about tables as they are served, in the precision of their plan."""
+def _training_nbytes(tables: EmbeddingBagCollection) -> int:
+    """Bytes of rows, what their optimizer remembers, and further arrays, of which Adam keeps two numbers for each.
+
+    Taken after training: some optimizers begin their memory with the first step.
+    """
+    parameters = sum(2 * each.numel() * each.element_size() for each in tables.parameters())
+    return parameters + sum(each.numel() * each.element_size() for each in tables.state_dict().values())
+
+
+def make_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+    """On one device, without logs."""
+    return L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu" if not torch.cuda.is_available() else "gpu",
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def measured(task: MeasuredTask, trainer: L.Trainer, data: DataModule) -> dict[str, Any]:
+    """Everything about trained tables as they are served, in the precision of their plan: metrics of the test split,
+    val_auc, and what `embtab.compare.measure` finds.
+    """
     assert isinstance(task.tables, EmbeddingBagCollection)
     task.tables.round_to_served()
     (validated,) = trainer.validate(task, data, verbose=False)
@@ -143,7 +164,7 @@ def make_model(sweep: Sweep, num_dense: int, num_features: int) -> torch.nn.Modu
     return classes[name](num_dense, num_features, sweep.dim, **options)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Lightning's tips, which do not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

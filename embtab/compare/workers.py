@@ -9,9 +9,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 from embtab.compare.summary import Row
-from embtab.compare.sweep import Sweep
+from embtab.compare.sweep import Cell, Sweep
+from embtab.errors import InfeasibleBudget
 from embtab.planning import Plan
 
 
@@ -23,12 +25,45 @@ class Job:
     plans: Mapping[str, Plan]
     seed: int
 
+    @property
+    def cells(self) -> list[str]:
+        """The keys of its cells."""
+        return list(self.plans)
 
+    def run(self) -> dict[str, Row]:
+        """Measurements by cell."""
+        from embtab.compare import train
+
+        return train.train(self.sweep, self.plans, self.seed)
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """A search of a cell's tables, by the key of the cell; it goes on from what an earlier run left in its folder."""
+
+    sweep: Sweep
+    cell: Cell
+    key: str
+    folder: Path
+
+    @property
+    def cells(self) -> list[str]:
+        """Its key alone."""
+        return [self.key]
+
+    def run(self) -> dict[str, Row]:
+        """Measurements by cell."""
+        from embtab.compare import searched
+
+        return {self.key: searched.search(self.sweep, self.cell, self.folder)}
+
+
+AnyJob = Job | SearchJob
 Outcome = tuple[str, float, dict[str, Row]]
 """A job's key, its seconds, and the status and measurements of each of its cells."""
 
 
-def outcomes(jobs: Mapping[str, Job], at_a_time: int) -> Iterator[Outcome]:
+def outcomes(jobs: Mapping[str, AnyJob], at_a_time: int) -> Iterator[Outcome]:
     """The outcome of each job as it ends, in any order.
 
     When a process dies (killed for its memory, say), those not done are run again one by one, each in a process of its
@@ -50,7 +85,7 @@ def outcomes(jobs: Mapping[str, Job], at_a_time: int) -> Iterator[Outcome]:
                 yield key, 0.0, _failed(job, "the process died; did it run out of memory?")
 
 
-def _side_by_side(jobs: Mapping[str, Job], at_a_time: int) -> Iterator[Outcome]:
+def _side_by_side(jobs: Mapping[str, AnyJob], at_a_time: int) -> Iterator[Outcome]:
     # Spawned, since a fork of a process that has used OpenMP may hang.
     with ProcessPoolExecutor(at_a_time, mp_context=get_context("spawn")) as pool:
         try:
@@ -60,18 +95,19 @@ def _side_by_side(jobs: Mapping[str, Job], at_a_time: int) -> Iterator[Outcome]:
             pool.shutdown(cancel_futures=True)
 
 
-def _outcome(key: str, job: Job) -> Outcome:
+def _outcome(key: str, job: AnyJob) -> Outcome:
     """Trains one cell; a failure is a result too, and the rest of the sweep goes on."""
     logging.getLogger("torch.fx").setLevel(logging.ERROR)  # also in processes that the command line did not start
-    from embtab.compare import train
-
     started = time.perf_counter()
     try:
-        found = {cell: {"status": "ok", **row} for cell, row in train.train(job.sweep, job.plans, job.seed).items()}
+        found = {cell: {"status": "ok", **row} for cell, row in job.run().items()}
+    except InfeasibleBudget as error:  # which some searches find only on the way
+        refused = {"status": "infeasible", "min_bytes": error.min_bytes, "error": str(error)}
+        found = dict.fromkeys(job.cells, refused)
     except Exception as error:
         found = _failed(job, " ".join(f"{type(error).__name__}: {error}".split()))
     return key, time.perf_counter() - started, found
 
 
-def _failed(job: Job, why: str) -> dict[str, Row]:
-    return {cell: {"status": "failed", "error": why} for cell in job.plans}
+def _failed(job: AnyJob, why: str) -> dict[str, Row]:
+    return {cell: {"status": "failed", "error": why} for cell in job.cells}

@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from embtab.learned.claim import settings
     from embtab.learned.registry import LEARNED
     from embtab.learned.search import Reference, Result, run, train_dense
 
-_HOMES = {"LEARNED": "registry", "Reference": "search", "Result": "search", "run": "search", "train_dense": "search"}
+_HOMES = {"LEARNED": "registry", "Reference": "search", "Result": "search", "run": "search", "settings": "claim"}
+_HOMES |= {"train_dense": "search"}
 
-__all__ = ["LEARNED", "Reference", "Result", "run", "train_dense"]
+__all__ = ["LEARNED", "Reference", "Result", "run", "settings", "train_dense"]
 
 
 def __getattr__(name: str) -> Any:

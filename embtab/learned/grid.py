@@ -98,6 +98,7 @@ def _place(cell: Cell, folder: Path) -> dict[str, Any]:
 def _row(sweep: Sweep, cell: Cell, dense: Reference, folder: Path) -> dict[str, Any]:
     """One search, done."""
     assert cell.budget is not None
+    assert cell.precision is not None
     one = run(sweep, cell.method, cell.budget, cell.seed, cell.precision, folder, label(cell.method), dense)
     found = one.metrics | one.cost() | {"nbytes": one.plan.nbytes, "dense_nbytes": one.plan.dense_nbytes}
     found |= {"status": "ok", "dense_auc": dense.metrics["auc"]}

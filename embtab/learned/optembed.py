@@ -171,7 +171,7 @@ class Judge:
     def __init__(self, lab: Lab, training: Training, rows: dict[str, np.ndarray], most: int) -> None:
         self.training, self.dim = training, lab.sweep.dim
         self.losses: dict[Candidate, float] = {}
-        self.cost: dict[str, Any] = {"seconds": 0.0, "trained": 0, "evaluated": 0}
+        self.cost: dict[str, Any] = {"seconds": 0.0, "training_seconds": 0.0, "trained": 0, "evaluated": 0}
         started = time.perf_counter()
         self.owners = training.tables.get_buffer("owners")
         training.gate.dropped = ~joined(rows).to(self.owners.device)

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from embtab.bundle import save as save_bundle
 from embtab.collections import EmbeddingBagCollection
 from embtab.compare.sweep import Sweep
-from embtab.errors import UserError
 from embtab.files import write_text
-from embtab.learned.forms import compacted, largest_within, plan_of
+from embtab.learned.claim import claim, make_lab, options_of, settings_of
+from embtab.learned.forms import compacted, plan_of
 from embtab.learned.method import Found, Lab, tensors
 from embtab.learned.registry import make
-from embtab.learned.stages import Stages, State
+from embtab.learned.stages import State
 from embtab.learned.supernet import Gate, Masked, joined
-from embtab.learned.training import Data, Training, measure
-from embtab.methods import Spec
+from embtab.learned.training import Training, measure
 from embtab.planning import MethodSpec, Plan
-from embtab.sizes import parse_bytes
 
 
 @dataclass
@@ -47,6 +42,7 @@ class Result:
         seconds: of all stages, the last training included; the dense reference is not.
         trained_samples: samples that all stages trained on.
         evaluated_samples: samples that all stages looked at to choose.
+        samples_per_s: of training alone, in all stages.
         training_nbytes: the most bytes that tables, their optimizer's memory and the gate took in any stage.
         dense: the dense training that was given.
         archive: every shape that was measured; `pareto` says that none is both smaller and better.
@@ -60,6 +56,7 @@ class Result:
     seconds: float
     trained_samples: int
     evaluated_samples: int
+    samples_per_s: float
     training_nbytes: int
     dense: Reference | None
     archive: list[dict[str, Any]]
@@ -99,7 +96,8 @@ def train_dense(sweep: Sweep, seed: int = 0, folder: Path | None = None, title: 
     """Trains dense tables with the settings of a search; the arguments are those of `run`."""
     torch.set_num_threads(1)
     with _place(folder) as place:
-        lab = _lab(sweep, "dense", {}, None, seed, "fp32", place, title)
+        lab = make_lab(sweep, "dense", None, seed, "fp32", place, title)
+        claim(lab, settings_of(lab, "dense", {}))
         training = Training(lab.sweep, lab.data, Gate(), lab.seed)
         state = lab.trained("dense", training, sweep.epochs, sweep.patience)
         tested = lab.stages.run("test", lambda save, resumed: dict(training.evaluate("test")))
@@ -135,9 +133,9 @@ def run(
     """
     torch.set_num_threads(1)  # a result does not depend on how many runs share the machine
     learned = make(method)
-    options = dataclasses.asdict(learned)  # type: ignore[call-overload]
     with _place(folder) as place:
-        lab = _lab(sweep, learned.name, options, budget, seed, precision, place, title, learned.check)
+        lab = make_lab(sweep, learned.name, budget, seed, precision, place, title, learned.check)
+        claim(lab, settings_of(lab, learned.name, options_of(learned)))
         found = learned.search(lab)
         training, plan, tables = _served(lab, found)
         result = _measured(lab, training, plan, tables, dense)
@@ -154,53 +152,6 @@ def _place(folder: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as place:
         yield Path(place)
-
-
-def _lab(
-    sweep: Sweep,
-    name: str,
-    options: dict[str, Any],
-    budget: int | float | str | None,
-    seed: int,
-    precision: str,
-    folder: Path,
-    title: str | None,
-    check: Callable[[Lab], None] = lambda lab: None,
-) -> Lab:
-    """Everything that is known before the first stage, checked before anything is written."""
-    spec = Spec(sweep.dim, seed, precision)
-    data = Data(sweep, seed, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    lab = Lab(sweep, data, spec, 0, seed, Stages(folder), title)
-    lab.budget = parse_bytes("1x" if budget is None else budget, sum(map(Spec(sweep.dim).dense_bytes, lab.spaces)))
-    check(lab)
-    nothing = {space.name: np.full((space.num_ids, sweep.dim), -np.inf) for space in lab.spaces}
-    largest_within(lab.spaces, nothing, lab.budget, spec, name)  # which no search can make smaller
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, lab, {"method": name, "options": options, "precision": precision})
-    return lab
-
-
-def _claim(folder: Path, lab: Lab, settings: dict[str, Any]) -> None:
-    """Writes the settings down, or compares them with those that are there.
-
-    Raises:
-        UserError: when the folder holds another search.
-    """
-    settings |= {"budget": lab.budget, "seed": lab.seed, "dim": lab.sweep.dim, "training": lab.sweep.training}
-    settings |= {"fingerprint": lab.data.dataset.fingerprint}
-    settings = json.loads(json.dumps(settings))
-    file = folder / "search.json"
-    if not file.exists():
-        versions = {name: version(name) for name in ("embtab", "torch", "torchrec", "fbgemm-gpu")}
-        write_text(file, _json({**settings, "versions": versions}))
-        return
-    there = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in settings.items():
-        if there.get(name) != value:
-            raise UserError(
-                f"{folder}: holds a search whose {name} was {there.get(name)!r} and is now {value!r}; choose another "
-                "folder, or remove this one"
-            )
 
 
 def _served(lab: Lab, found: Found) -> tuple[Training, Plan, EmbeddingBagCollection]:
@@ -231,6 +182,7 @@ def _measured(
     metrics = measure(tables, training.model, lab.data, "test")
     metrics |= {"val_auc": max(each["auc"] for each in training.history), "epochs": training.epoch}
     costs = {name: state["cost"] for name, state in lab.stages.done.items() if "cost" in state}
+    trained = sum(cost["trained"] for cost in costs.values())
     lab.archive.append(
         {"stage": "retrain", "nbytes": plan.nbytes, "auc": metrics["val_auc"]}
         | {"logloss": min(training.history, key=lambda each: -each["auc"])["logloss"]}
@@ -242,8 +194,9 @@ def _measured(
         metrics,
         search_seconds=sum(cost["seconds"] for name, cost in costs.items() if name != "retrain"),
         seconds=sum(cost["seconds"] for cost in costs.values()),
-        trained_samples=sum(cost["trained"] for cost in costs.values()),
+        trained_samples=trained,
         evaluated_samples=sum(cost["evaluated"] for cost in costs.values()),
+        samples_per_s=trained / sum(cost["training_seconds"] for cost in costs.values()),
         training_nbytes=lab.peak,
         dense=dense,
         archive=with_pareto(lab.archive),

@@ -93,7 +93,7 @@ class Training:
         self.optimizers: list[torch.optim.Optimizer] = [adam, *self.tables.gate.optimizers()]
         self.epoch = 0
         self.steps = 0
-        self.cost = {"seconds": 0.0, "trained": 0, "evaluated": 0}
+        self.cost = {"seconds": 0.0, "training_seconds": 0.0, "trained": 0, "evaluated": 0}
         self.history: list[dict[str, float]] = []
         self.best: State | None = None
         self.keep_start = False
@@ -163,6 +163,7 @@ class Training:
         while self.epoch < epochs and not self._waited(patience) and not self.enough():
             started = time.perf_counter()
             self._epoch(title)
+            self.cost["training_seconds"] += time.perf_counter() - started
             measured = self.evaluate("valid")
             if patience is not None and measured["auc"] > max((h["auc"] for h in self.history), default=-1.0):
                 self.best = self.weights()

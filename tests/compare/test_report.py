@@ -175,8 +175,10 @@ def test_equal_results_give_equal_bytes_after_a_round_trip(page: str, tmp_path: 
 
 def test_the_page_needs_no_network_and_says_what_is_missing(page: str) -> None:
     assert not re.search(r"""(src|href)=["']https?:""", page)
-    assert "qr op=concat, fp32, 0.05x: infeasible, needs 60 kB" in page
-    assert "qr op=concat, fp32, 0.05x: infeasible, needs 60 kB" in markdown(make_report(SWEEP, DATASET, made_up_rows()))
+    assert "qr op=concat, fp32, 0.05x: infeasible, needs 60 kB (seeds 0, 1, 2)" in page
+    assert "qr op=concat, fp32, 0.05x: infeasible, needs 60 kB (seeds 0, 1, 2)" in markdown(
+        make_report(SWEEP, DATASET, made_up_rows())
+    )
 
 
 def test_names_from_data_cannot_break_the_page() -> None:
