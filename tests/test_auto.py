@@ -20,7 +20,14 @@ def precisions(plan: et.Plan) -> set[str]:
 
 def test_dense_while_it_fits_in_any_precision() -> None:
     features = [et.Feature("a", 1000), et.Feature("b", 5)]
-    for budget, precision in ((None, "fp32"), ("1x", "fp32"), ("0.9x", "int8"), ("0.32x", "int8"), ("0.31x", "int4"), ("0.19x", "int4")):
+    for budget, precision in (
+        (None, "fp32"),
+        ("1x", "fp32"),
+        ("0.9x", "int8"),
+        ("0.32x", "int8"),
+        ("0.31x", "int4"),
+        ("0.19x", "int4"),
+    ):
         plan = et.plan(features, "auto", budget)
         assert methods(plan) == {"a": "dense", "b": "dense"}
         assert precisions(plan) == {precision}
