@@ -50,8 +50,9 @@ class ActivationUnit(nn.Module):
         of_q, of_k, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         per_row = linear(target_be, of_q + of_difference, self.first.bias)
         per_event = linear(history_ne, of_k - of_difference)
-        product = linear(spread(target_be, lengths_b, len(history_ne)) * history_ne, of_product)
-        scores: Tensor = self.rest(spread(per_row, lengths_b, len(history_ne)) + per_event + product)
+        total = history_ne.shape[0]  # not len(), which an export would take for a constant
+        product = linear(spread(target_be, lengths_b, total) * history_ne, of_product)
+        scores: Tensor = self.rest(spread(per_row, lengths_b, total) + per_event + product)
         return scores.squeeze(-1)
 
 
