@@ -114,5 +114,8 @@ def test_any_number_of_processes_goes_on(folder, tmp_path, monkeypatch, before, 
     sharded.spawn(epochs.run, after, str(folder), [rest])
     check(folder, f"{name}-begun", before, "sgd", BEGUN)
     check(folder, name, after, "sgd", REST)
+    if max(before, after) > 2:  # the sum of three gradients and more depends on their order
+        check_tables(folder, name, "sgd")
+        return
     made = [bundle(folder / f"{each}-end.ckpt", tmp_path / each, monkeypatch, "fp32") for each in ("sgd", name)]
     assert made[0] == made[1]
