@@ -90,7 +90,13 @@ def differences(bundle: Bundle, answer: Answer) -> dict[str, tuple[float, bool]]
     found = {}
     for feature, golden in read(bundle).items():
         worst, fine = 0.0, True
-        for key, got in answer(feature, golden).items():
+        try:
+            answered = answer(feature, golden)
+        except BundleError:
+            raise
+        except (IndexError, ValueError) as error:
+            raise BundleError(f"{bundle.path}: the golden ids do not fit these tables: {error}") from None
+        for key, got in answered.items():
             expected = golden[key]
             if got.shape != expected.shape:
                 raise BundleError(
