@@ -4,7 +4,7 @@ The rule, in the order in which it is applied (configs/README.md has the measure
 
 1. Where the dense float32 tables fit, they are taken. Nothing beat them by more than noise.
 2. Else, where they fit with rows served in int8 (a row of 16 numbers takes 20 bytes instead of 64), those.
-3. Else rows are served in int4 (12 bytes): rounding dense tables to it cost 0.0003 AUC, and what it saves buys rows.
+3. Else rows are served in int4 (12 bytes): rounding dense tables to it cost 0.0002 AUC, and what it saves buys rows.
    Where the dense tables fit in int4, they are taken.
 4. The smallest features stay dense, as long as together they take no more than a tenth of the budget: a gender that
    shares rows with another costs as much quality as a user that does, and saves nothing.

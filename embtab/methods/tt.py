@@ -13,7 +13,7 @@ Differs from the reference code (facebookresearch/FBTT-Embedding), which is CUDA
 refused even where it is below p1 p2 p3; the two ranks may differ by one, which halves the steps in which a budget can
 be used; and cores start Gaussian with the variance that gives composed entries the dense table's, exactly, the second
 and third around a mean above zero: with three means of zero, all first gradients are products of two small numbers,
-and under a product of two such tables (matrix factorisation) one run in three never left the start (measured). There is
+and under a product of two such tables (matrix factorisation) one seed of two never left the start (measured). There is
 no cache of hot rows: a frequency cut is a method of its own.
 """
 
