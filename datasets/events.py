@@ -147,11 +147,12 @@ def _cut(file: Path, number: int, line: str, separator: str, columns: int) -> li
 def _read_taobao(file: Path) -> Events:
     columns = ("user", "item", "category", "behaviour", "time")
     try:
-        table = pl.read_csv(file, has_header=False, new_columns=columns, infer_schema=False)
+        table = pl.read_csv(file, has_header=False, infer_schema=False)
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{file}: not a comma-separated file: {str(error).splitlines()[0]}") from error
     if table.width != len(columns):
         raise DataError(f"{file}: has {table.width} columns, not {len(columns)} ({', '.join(columns)})")
+    table.columns = list(columns)
     for name in columns:
         _refuse(file, table[name].is_null(), f"column {name}: is empty")
     views = table.filter(pl.col("behaviour") == "pv")

@@ -257,6 +257,11 @@ def test_mistakes_are_named(tmp_path):
         bad.write_text(text)
         with pytest.raises(DataError, match=message):
             sequences.prepare(bad, out)
+    views = tmp_path / "bad.csv"
+    for text in ("1,2,3,pv\n", "1,2,3,pv,4,5\n"):
+        views.write_text(text)
+        with pytest.raises(DataError, match=f"has {text.count(',') + 1} columns, not 5"):
+            sequences.prepare(views, out)
     reviews = tmp_path / "bad.json"
     reviews.write_text('{"reviewerID": "u", "asin": "i", "unixReviewTime": 3}\n{"asin": "i"}\n')
     with pytest.raises(DataError, match="line 2"):
