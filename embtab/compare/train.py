@@ -31,9 +31,12 @@ from embtab.training.task import RankingTask, Rows
 
 
 class MeasuredTask(RankingTask):
-    """A `RankingTask` that keeps what it predicted on the test split."""
+    """A `RankingTask` of tables that are as they are served; it keeps what it predicted on the test split."""
 
     tested: Rows
+
+    def on_test_start(self) -> None:
+        """Nothing: rounding what is rounded moves it again, and validation and test are to see the same tables."""
 
     def on_test_epoch_end(self) -> None:
         """Keeps logits, labels and users."""
@@ -85,8 +88,9 @@ def train(sweep: Sweep, plans: Mapping[str, Plan], seed: int, show: bool = False
         state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     found = {}
     for name, plan in plans.items():
-        task.tables = tables if plan is tables.plan else _tables(sweep, plan)
+        task.tables = served = tables if plan is tables.plan else _tables(sweep, plan)
         task.load_state_dict(state)
+        served.round_to_served()
         found[name] = run | measured(task, trainer, data)
     seconds = time.perf_counter() - started
     return {name: row | {"seconds": seconds} for name, row in found.items()}
@@ -120,11 +124,10 @@ def make_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
 
 
 def measured(task: MeasuredTask, trainer: L.Trainer, data: DataModule) -> dict[str, Any]:
-    """Everything about trained tables as they are served, in the precision of their plan: metrics of the test split,
-    val_auc, and what `embtab.compare.measure` finds.
+    """Everything about tables that are rounded to the precision they are served in: metrics of the test split, val_auc,
+    and what `embtab.compare.measure` finds.
     """
     assert isinstance(task.tables, EmbeddingBagCollection)
-    task.tables.round_to_served()
     (validated,) = trainer.validate(task, data, verbose=False)
     trainer.test(task, data, verbose=False)
     logits, labels, users = task.tested

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import embtab.compare.report
 import embtab.compare.train
 import embtab.compare.workers
+from embtab.collections import EmbeddingBagCollection
 from embtab.compare.run import compare, seconds_left
 from embtab.compare.statistics import mean_interval
 from embtab.compare.sweep import Sweep, label, read_sweep
@@ -23,6 +25,7 @@ from embtab.errors import UserError
 from embtab.features import read_features
 from embtab.files import locked
 from embtab.planning import plan
+from embtab.quantise import served
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,23 @@ def test_a_sweep_measures_every_cell_and_never_one_twice(
     assert len(trained) == 6
     both = [float(row["auc"]) for row in rows_in(tmp_path) if (row["method"], row["budget"]) == ("hash", "0.3x")]
     assert f"| {statistics.mean(both):.4f} | {mean_interval(both).low:.4f} to {mean_interval(both).high:.4f} |" in grown
+
+
+def test_rows_are_rounded_once(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small rows are moved again by a second rounding, so validation and test would not see the same tables."""
+    measured: dict[str, torch.Tensor] = {}
+
+    def kept(tables: EmbeddingBagCollection) -> dict[str, list[int]]:
+        measured[tables.plan.precision] = torch.cat([tables.lookup.table(name).flatten() for name in tables.plan.tables])
+        return {}
+
+    monkeypatch.setattr(embtab.compare.train.measure, "collisions", kept)
+    sweep = sweep_of(data, init_std=1e-3, table_lr=1e-5, dim=16)
+    plans = {name: plan(read_features(data), "dense", None, 16, precision=name) for name in ("fp32", "int8")}
+    embtab.compare.train.train(sweep, plans, seed=0)
+    once = served(measured["fp32"].unflatten(0, (-1, 16)), "int8")
+    assert not torch.equal(served(once, "int8"), once)
+    assert torch.equal(measured["int8"], once.flatten())
 
 
 def test_processes_side_by_side_give_the_same_results(data: str, tmp_path: Path) -> None:
