@@ -45,6 +45,7 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
     except ImportError:
         raise _missing() from None
     program = captured(module, example)
+    _renamed(program)
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -63,6 +64,18 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
             raise UserError(f"the model cannot be exported to ONNX: {' '.join(str(error).split())[:300]}") from None
         assert made is not None
         made.save(path, external_data=size > MAX_INSIDE)
+
+
+def _renamed(program: torch.export.ExportedProgram) -> None:
+    """Calls shifts by a tensor what the exporter knows them as; it takes only one of torch's two names for each."""
+    aten = torch.ops.aten
+    known = {
+        aten.__rshift__.Tensor: aten.bitwise_right_shift.Tensor,
+        aten.__lshift__.Tensor: aten.bitwise_left_shift.Tensor,
+    }
+    for node in program.graph.nodes:
+        node.target = known.get(node.target, node.target)
+    program.graph_module.recompile()
 
 
 def load(path: Path) -> Run:

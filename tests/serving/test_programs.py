@@ -58,6 +58,19 @@ def test_onnx_gives_the_readers_vectors_for_every_method_on_1e5_ids(case: Case, 
     agrees(case, tmp_path, precision, 40_000)  # 2.5 ids a bag
 
 
+def test_rows_found_by_a_bitmap_are_the_readers_in_onnx(tmp_path: Path) -> None:
+    """Shifts by a tensor, of words whose highest bit is set too."""
+    counts = np.random.default_rng(0).permutation(np.arange(1, 701))
+    method = {"name": "pruned", "width": 3}
+    plan = et.plan([et.Feature("x", 700, counts=counts)], method, "0.3x", dim=4)
+    et.save(et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0), tmp_path / "b")
+    opened = Bundle(tmp_path / "b")
+    assert (opened.tables["x.bits"] < 0).any()
+    exported.export(ServedTables(opened, single=["x"]), opened, tmp_path / "p", "onnx")
+    found = Program(tmp_path / "p").run({"ids.x": np.arange(700)})["vectors.x"]
+    np.testing.assert_array_equal(found, opened.vectors("x", np.arange(700)))
+
+
 def test_integer_division_is_exact_above_2_to_the_53(tmp_path: Path) -> None:
     n = 3 * 10**16 + 7
     plan = et.plan([et.Feature("x", n)], {"name": "partitions", "parts": 4, "op": "sum"}, "1MB", dim=4)
