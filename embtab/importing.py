@@ -1,8 +1,8 @@
 """Dense tables from anywhere, into any plan: read safely, fit, and say how much was lost.
 
-Files stay on disk: safetensors (of types that NumPy has) and npy are memory-mapped, Parquet is copied batch by batch to
-a mapped file without a name (what pyarrow buffers meanwhile comes on top), and fits read a chunk of ids at a time, so a
-table may be larger than memory where its fit is one of closed form. Torch files are mapped where they are in the zip
+Files stay on disk: safetensors (of types that NumPy has) and npy are memory-mapped, Parquet is copied a few thousand
+rows at a time to a mapped file without a name, and fits read a chunk of ids at a time, so a table may be larger than
+memory where its fit is one of closed form. Torch files are mapped where they are in the zip
 format, as they are since torch 1.6.
 """
 
@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,24 @@ from embtab.fitting import CHUNK, Target, fit
 from embtab.planning import Plan
 from embtab.signed import BundleError
 
-TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")
+PARQUET_ROWS = 8192  # read at a time
+TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin", ".model")
 Dense = Mapping[str, Tensor | np.ndarray]
+
+
+class Names(NamedTuple):
+    """How a library calls its tables: a regular expression whose first group is the feature, and what is too narrow."""
+
+    pattern: str
+    least_width: int = 1
+
+
+NAMES = {
+    "embtab": Names(r"^tables\.lookup\.(.+)$"),
+    "torchrec": Names(r"(?:^|\.)embedding(?:_bag)?s\.([^.]+)\.weight$"),
+    # Numeric values have a matrix of one column beside the tables: the weight of a Linear(1, D).
+    "fuxictr": Names(r"^embedding_layer\.(?:embedding_layer\.)?embedding_layers?\.(.+)\.weight$", 2),
+}
 
 
 def from_dense(weights: Dense, plan: Plan, backend: str = "torch") -> EmbeddingBagCollection:
@@ -80,6 +96,8 @@ def _by_space(weights: Dense, plan: Plan) -> dict[str, Tensor]:
         if name not in space_of:
             raise UserError(f"dense table {name!r} is of no feature of the plan; it has {', '.join(num_ids)}")
         space = space_of[name]
+        if space in found and isinstance(weight, Tensor) and weight.data_ptr() == found[space].data_ptr():
+            continue  # one table under the names of two features that share it
         if space in found:
             raise UserError(f"dense table {name!r}: id space {space!r} has a table already; give one per id space")
         table = torch.as_tensor(weight).detach().cpu().float()
@@ -141,25 +159,31 @@ def read_dense(paths: Sequence[Path], pattern: str | None = None) -> dict[str, T
 
     Args:
         paths: .safetensors; .npy or .parquet (int64 `id`, list of floats `vector`), named after their feature; torch
-            files (.pt, .pth, .ckpt, .bin) that hold a state dict, such as torchrec's or FuxiCTR's; or folders of them.
+            files (TORCH_FILES) that hold a state dict, such as torchrec's or FuxiCTR's; or folders of them.
         pattern: a regular expression that the names of tables are searched for; the first group is the feature. Other
-            tensors are left out. Without it every matrix is a table, called as it is called in the file.
+            tensors are left out. Or a name in NAMES, for what a library writes. Without it every matrix is a table,
+            called as it is called in the file.
 
     Raises:
         DataError: when a file cannot be read, or holds no table.
         UserError: when the pattern is none, or two tables are of one feature.
     """
+    names = NAMES.get(pattern or "", Names(pattern or "(?s)(.*)"))
     try:
-        chosen = re.compile(pattern) if pattern else re.compile("(.*)", re.DOTALL)
+        chosen = re.compile(names.pattern)
     except re.error as error:
         raise UserError(f"--pattern {pattern!r}: {error}") from None
     if chosen.groups < 1:
-        raise UserError(f"--pattern {pattern!r}: needs a group for the feature, such as 'embedding_bags.(.+).weight'")
+        raise UserError(
+            f"--pattern {pattern!r}: needs a group for the feature, such as 'user_(.+)', or be {', '.join(NAMES)}"
+        )
     tables: dict[str, Tensor] = {}
     for path in _expanded(paths):
         for name, tensor in _read(path):
             found = chosen.search(name)
             if found is None or tensor.dim() != 2 or not tensor.is_floating_point():
+                continue
+            if tensor.shape[1] < names.least_width:
                 continue
             if found.group(1) in tables:
                 raise UserError(f"{path}: feature {found.group(1)!r} has a table already; narrow --pattern")
@@ -239,9 +263,10 @@ def _from_parquet(path: Path) -> Tensor:
     """float32 [n, D] from columns id and vector; ids are 0..n-1 in any order."""
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    # Read as it goes, not whole row groups ahead: those hold the whole table as often as not.
+    file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     n, vectors, seen = file.metadata.num_rows, np.empty((0, 0), np.float32), np.zeros(file.metadata.num_rows, bool)
-    for batch in file.iter_batches(CHUNK, columns=["id", "vector"]):
+    for batch in file.iter_batches(PARQUET_ROWS, columns=["id", "vector"]):
         ids = batch["id"].to_numpy()
         flat = batch["vector"].flatten().to_numpy(zero_copy_only=False)
         if not vectors.size:

@@ -108,6 +108,15 @@ def test_low_rank_is_the_weighted_singular_value_decomposition(tmp_path: Path) -
     assert lost(vectors(et.from_dense({"user": WEIGHT}, plan), tmp_path)) == pytest.approx(best, rel=1e-4)
 
 
+def test_low_rank_with_a_bias_is_the_decomposition_of_what_the_mean_leaves(tmp_path: Path) -> None:
+    plan = planned({"name": "lowrank", "bias": True}, "0.7x")
+    rank = plan.tables["user"].width
+    centred = WEIGHT - np.average(WEIGHT, axis=0, weights=SEEN)
+    singular = np.linalg.svd(np.sqrt(SEEN)[:, None] * centred, compute_uv=False)
+    best = float((singular[rank:] ** 2).sum())
+    assert lost(vectors(et.from_dense({"user": WEIGHT}, plan), tmp_path)) == pytest.approx(best, rel=1e-4)
+
+
 def test_products_cannot_be_bettered_in_either_factor(tmp_path: Path) -> None:
     plan = planned({"name": "qr", "op": "product"}, "0.5x")
     tables = et.from_dense({"user": WEIGHT}, plan)
@@ -215,6 +224,42 @@ def test_a_pattern_chooses_tables(tmp_path: Path) -> None:
         read_dense([tmp_path / "m.safetensors"], "user")
     with pytest.raises(DataError, match="holds no matrix of floats whose name fits"):
         read_dense([tmp_path / "m.safetensors"], "(nothing)")
+
+
+def test_what_torchrec_writes_is_found_by_name(tmp_path: Path) -> None:
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+    from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+    bags = [EmbeddingBagConfig(name=name, embedding_dim=4, num_embeddings=9) for name in ("user", "t_item")]
+    events = [EmbeddingConfig(name="seen", embedding_dim=4, num_embeddings=7)]
+    model = torch.nn.ModuleDict(
+        {"ebc": EmbeddingBagCollection(bags), "ec": EmbeddingCollection(events), "over": torch.nn.Linear(4, 4)}
+    )
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    found = read_dense([tmp_path / "m.pt"], "torchrec")
+    assert sorted(found) == ["seen", "t_item", "user"]
+    expected = dict(model.named_parameters())["ebc.embedding_bags.t_item.weight"]
+    torch.testing.assert_close(found["t_item"], expected.detach(), rtol=0, atol=0)
+
+
+def test_what_fuxictr_writes_is_found_by_name(tmp_path: Path) -> None:
+    """Modules as its FeatureEmbedding has them: numeric values are a Linear, a history shares the item's table."""
+    item = torch.nn.Embedding(9, 4)
+    layers = {"user.id": torch.nn.Embedding(5, 4), "item": item, "seen": item, "age": torch.nn.Linear(1, 4, bias=False)}
+    state = {f"embedding_layer.embedding_layer.embedding_layers.{name}.weight": m.weight for name, m in layers.items()}
+    narrow = {"fm.lr_layer.embedding_layer.embedding_layer.embedding_layers.item.weight": torch.zeros(9, 1)}
+    torch.save(state | narrow | {"dnn.mlp.0.weight": torch.zeros(8, 4)}, tmp_path / "AutoInt.model")
+    found = read_dense([tmp_path / "AutoInt.model"], "fuxictr")
+    assert sorted(found) == ["item", "seen", "user.id"]
+    features = [
+        et.Feature("user.id", 5),
+        et.Feature("item", 9, id_space="items"),
+        et.Feature("seen", 9, id_space="items"),
+    ]
+    made = et.from_dense(found, et.plan(features, dim=4))
+    torch.testing.assert_close(made.lookup.table("items"), item.weight.detach(), rtol=0, atol=0)
+    with pytest.raises(UserError, match="has a table already"):
+        et.from_dense(found | {"seen": found["seen"].clone()}, et.plan(features, dim=4))
 
 
 class Trap:
@@ -329,7 +374,7 @@ print(most - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["npy", "safetensors", "pt"])
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "pt", "parquet"])
 def test_a_large_table_stays_on_disk(kind: str, tmp_path: Path) -> None:
     """128 MB of vectors in a fraction of that."""
     weight, path = np.random.default_rng(0).random((1_000_000, 32), np.float32), tmp_path / f"user.{kind}"
@@ -337,6 +382,10 @@ def test_a_large_table_stays_on_disk(kind: str, tmp_path: Path) -> None:
         np.save(path, weight)
     elif kind == "safetensors":
         save_file({"user": weight}, path)
+    elif kind == "parquet":
+        flat = pa.FixedSizeListArray.from_arrays(weight.reshape(-1), 32)
+        columns = pa.table([np.arange(len(weight)), flat], names=["id", "vector"])
+        pq.write_table(columns, path, row_group_size=len(weight))
     else:
         torch.save({"user": torch.from_numpy(weight)}, path)
     done = subprocess.run(

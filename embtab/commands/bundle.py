@@ -208,7 +208,8 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="a dataset folder, for id counts and pooling")
     parser.add_argument(
         "--pattern",
-        help="regular expression for names of tensors; its first group is the feature (default: the whole name)",
+        help="regular expression for names of tensors; its first group is the feature (default: the whole name); or "
+        "embtab, torchrec or fuxictr, for the names that these write",
     )
     parser.add_argument(
         "--ranker", type=Path, metavar="CKPT", help="trained on the dense tables: say what the import costs in test AUC"
