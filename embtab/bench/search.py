@@ -103,6 +103,7 @@ def plot_search(results: Sequence[Result], path: Path) -> None:
 
         matplotlib.use("agg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         raise UserError("a plot needs matplotlib; install it with: pip install 'embtab[plot]'") from None
     totals = [r for r in results if r.what == "search" and r.phase == "search"]
@@ -120,6 +121,12 @@ def plot_search(results: Sequence[Result], path: Path) -> None:
     widths = sorted({r.dim for r in totals})
     by_dim.plot(widths, [dim / first.dim for dim in widths], "k--", label="in proportion")
     by_dim.set(xlabel="width of the attention", ylabel=f"time as a share of width {first.dim}", ylim=(0, None))
+    by_length.set_xticks(sorted({r.bag for r in totals}))
+    by_length.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_dim.set_xticks(widths)
+    for axis in (by_length.xaxis, by_length.yaxis):
+        axis.set_major_formatter("{x:,g}")  # plain numbers, not powers of ten
+        axis.set_minor_formatter(NullFormatter())
     for panel in (by_length, by_dim):
         panel.grid(alpha=0.3)
         panel.legend()
