@@ -2,13 +2,14 @@
 
 The rule, in the order in which it is applied (configs/README.md has the measurements behind it):
 
-1. Where the dense float32 tables fit, they are taken. Nothing beat them by more than noise.
-2. Else, where they fit with rows served in int8 (a row of 16 numbers takes 20 bytes instead of 64), those.
-3. Else rows are served in int4 (12 bytes): rounding dense tables to it cost 0.0002 AUC, and what it saves buys rows.
-   Where the dense tables fit in int4, they are taken.
-4. The smallest features stay dense, as long as together they take no more than a tenth of the budget: a gender that
-   shares rows with another costs as much quality as a user that does, and saves nothing.
-5. What is left is asked how many of its ids matter: the perplexity of their counts, the *effective* number of ids.
+1. Where the dense tables fit in int4 rows or better, they are taken: rounding to int8 (20 bytes for a row of 16 numbers
+   instead of 64) cost nothing that could be measured, int4 (12 bytes) 0.0002 AUC. All features get the finest precision
+   that fits for all of them; what is left makes the smallest finer still.
+2. Else the smallest features stay dense, as long as together they take no more than a tenth of the budget: a gender
+   that shares rows with another costs as much quality as a user that does, and saves nothing. What they leave of the
+   tenth makes the smallest of them finer than int4.
+3. What is left is served in int4, for what it saves buys rows. It is asked how many of its ids matter: the perplexity
+   of their counts, the *effective* number of ids.
    - Less than a quarter of the ids: a few ids carry the traffic. No two of them meet in both their hashed rows, and the
      others are noise to them: two hashed rows of one table that all features share, side by side (unified).
    - More: most ids matter, and codes that keep them apart by their structure beat random ones. A narrow row for each
@@ -21,24 +22,21 @@ Where even that does not fit, rows are hashed; below one row per feature nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from embtab.features import Feature
 from embtab.methods.base import Spec
 
+PRECISIONS = ("int4", "int8", "fp32")
+"""What is chosen from, coarse to fine."""
 SMALL = 0.1
 """Share of the budget that features too small to compress may take."""
 EVEN = 0.25
 """Effective ids, as a share of the ids, from which on structure is better than hashing."""
 
-
-class Choice(NamedTuple):
-    """A precision, and by id space the name of a method."""
-
-    precision: str
-    methods: dict[str, str]
+Choice = dict[str, dict[str, str]]
+"""By id space, the name of a method and the precision of its rows."""
 
 
 def choices(spaces: Sequence[Feature], limit: int | None, dim: int, precision: str | None = None) -> list[Choice]:
@@ -50,19 +48,39 @@ def choices(spaces: Sequence[Feature], limit: int | None, dim: int, precision: s
         dim: D, the width of every vector.
         precision: the only one to use; None to choose.
     """
-    for name in ("fp32", "int8", "int4") if precision is None else (precision,):
-        spec = Spec(dim, precision=name)
-        if limit is None or sum(map(spec.dense_bytes, spaces)) <= limit:
-            return [Choice(name, {space.name: "dense" for space in spaces})]
-    assert limit is not None
-    small = _small(spaces, int(SMALL * limit), spec)
-    large = [space for space in spaces if space.name not in small]
-    share = (limit - sum(small.values())) / sum(map(spec.dense_bytes, large))
-    fits_half = spec.row_bytes(max(dim // 2, 1)) <= share * spec.row_bytes(dim)
+    if limit is None:
+        return [_all(spaces, "dense", precision or PRECISIONS[-1])]
+    specs = [Spec(dim, precision=name) for name in (PRECISIONS if precision is None else (precision,))]
+    coarse = specs[0]
+    if coarse.dense_bytes_of(spaces) <= limit:
+        return [_dense(spaces, limit, specs)]
+    by_size = sorted(spaces, key=lambda space: (space.num_ids, space.name))
+    fitting = [k for k in range(len(spaces)) if coarse.dense_bytes_of(by_size[:k]) <= SMALL * limit]
+    small, large = by_size[: fitting[-1]], by_size[fitting[-1] :]
+    share = (limit - coarse.dense_bytes_of(small)) / coarse.dense_bytes_of(large)
+    fits_half = coarse.row_bytes(max(dim // 2, 1)) <= share * coarse.row_bytes(dim)
     structures = ["lowrank"] * fits_half + ["qr", "partitions", "unified"]
-    methods = dict.fromkeys(small, "dense") | {space.name: "unified" for space in large}
-    even = [space.name for space in large if effective_ids(space) >= EVEN * space.num_ids]
-    return [Choice(spec.precision, methods | dict.fromkeys(even, structure)) for structure in structures]
+    even = [space for space in large if effective_ids(space) >= EVEN * space.num_ids]
+    exact, hashed = _dense(small, int(SMALL * limit), specs), _all(large, "unified", coarse.precision)
+    return [exact | hashed | _all(even, structure, coarse.precision) for structure in structures]
+
+
+def _all(spaces: Sequence[Feature], method: str, precision: str) -> Choice:
+    """One method and precision for all."""
+    return {space.name: {"name": method, "precision": precision} for space in spaces}
+
+
+def _dense(spaces: Sequence[Feature], limit: int, specs: Sequence[Spec]) -> Choice:
+    """Dense tables, which fit in the coarsest precision: all as fine as fits, then the smallest finer still."""
+    chosen = dict.fromkeys((space.name for space in spaces), specs[0])
+    left = limit - specs[0].dense_bytes_of(spaces)
+    for finer in specs[1:]:
+        for space in sorted(spaces, key=lambda space: (space.num_ids, space.name)):
+            more = finer.dense_bytes(space) - chosen[space.name].dense_bytes(space)
+            if more <= left:
+                chosen[space.name] = finer
+                left -= more
+    return {name: {"name": "dense", "precision": spec.precision} for name, spec in chosen.items()}
 
 
 def effective_ids(space: Feature) -> float:
@@ -72,13 +90,3 @@ def effective_ids(space: Feature) -> float:
     seen = space.counts[space.counts > 0]
     frequency = seen / seen.sum()
     return float(np.exp(-(frequency * np.log(frequency)).sum()))
-
-
-def _small(spaces: Sequence[Feature], most: int, spec: Spec) -> dict[str, int]:
-    """The dense bytes of the smallest spaces that together take no more than `most`."""
-    taken: dict[str, int] = {}
-    for space in sorted(spaces, key=lambda each: (each.num_ids, each.name)):
-        if sum(taken.values()) + spec.dense_bytes(space) > most:
-            break
-        taken[space.name] = spec.dense_bytes(space)
-    return taken

@@ -127,8 +127,9 @@ def partitions(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> 
 
 
 def low_rank(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
-    """The narrow row, projected."""
-    return tables[e["tables"][0]][ids] @ arrays["projection"]
+    """The narrow row, projected, and the bias if there is one."""
+    vectors = tables[e["tables"][0]][ids] @ arrays["projection"]
+    return vectors + arrays["bias"] if e["bias"] else vectors
 
 
 def mixed_dim(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:

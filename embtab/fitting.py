@@ -144,15 +144,20 @@ def mean_rows(targets: Sequence[Target], tables: Tables, generator: np.random.Ge
 
 
 def leading_directions(targets: Sequence[Target], tables: Tables, generator: np.random.Generator) -> None:
-    """For each part P is the leading eigenvectors of E'wE of its ids, and rows are E P'."""
+    """For each part P is the leading eigenvectors of E'wE of its ids, and rows are E P'; a bias is first E's mean."""
     for target in targets:
         everything = target.rows(torch.arange(len(target.dense)))
         for k, name in enumerate(target.encoding.tables):
             ids = (everything[:, k] >= 0).nonzero().squeeze(1)
             dense, rows = target.dense[ids].double(), everything[ids, k]
+            weights = target.weights[ids].double().unsqueeze(1)
+            if "bias" in target.arrays:
+                mean = (weights * dense).sum(0) / weights.sum()
+                target.arrays["bias"].copy_(mean)
+                dense = dense - mean
             projection = target.arrays.get("projection", target.arrays.get(f"projection{k}"))
             if projection is not None:
-                square = dense.t() @ (dense * target.weights[ids].double().unsqueeze(1))
+                square = dense.t() @ (dense * weights)
                 directions = torch.linalg.eigh(square).eigenvectors.flip(1)[:, : len(projection)]
                 projection.copy_(directions.t())
                 dense = dense @ directions

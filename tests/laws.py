@@ -96,6 +96,7 @@ CASES = [
     Case("partitions", "partitions"),
     Case("partitions crt concat", {"name": "partitions", "kind": "crt", "op": "concat", "parts": 4}),
     Case("lowrank", "lowrank"),
+    Case("lowrank with a bias", {"name": "lowrank", "bias": True}),
     Case("mixed_dim", "mixed_dim"),
     Case("mixed_dim blocks", {"name": "mixed_dim", "blocks": 6}, "0.4x", counts=falling),
     Case("mixed_dim blocks, mapped", {"name": "mixed_dim", "blocks": 6}, "0.4x", counts=shuffled),

@@ -18,19 +18,24 @@ def precisions(plan: et.Plan) -> set[str]:
     return {table.precision for table in plan.tables.values()}
 
 
-def test_dense_while_it_fits_in_any_precision() -> None:
-    features = [et.Feature("a", 1000), et.Feature("b", 5)]
-    for budget, precision in (
-        (None, "fp32"),
-        ("1x", "fp32"),
-        ("0.9x", "int8"),
-        ("0.32x", "int8"),
-        ("0.31x", "int4"),
-        ("0.19x", "int4"),
-    ):
-        plan = et.plan(features, "auto", budget)
-        assert methods(plan) == {"a": "dense", "b": "dense"}
-        assert precisions(plan) == {precision}
+@pytest.mark.parametrize(
+    ("budget", "large", "small"),
+    [
+        (None, "fp32", "fp32"),
+        ("1x", "fp32", "fp32"),
+        ("0.9x", "int8", "fp32"),  # int8 takes 20 of 64 bytes
+        (20 * 1005 + 5 * 44, "int8", "fp32"),
+        (20 * 1005 + 5 * 44 - 1, "int8", "int8"),
+        (20 * 1005, "int8", "int8"),
+        ("0.31x", "int4", "fp32"),  # int4 takes 12
+        (12 * 1005 + 5 * 8, "int4", "int8"),
+        (12 * 1005, "int4", "int4"),
+    ],
+)
+def test_dense_while_it_fits_in_any_precision(budget: int | str | None, large: str, small: str) -> None:
+    plan = et.plan([et.Feature("a", 1000), et.Feature("b", 5)], "auto", budget)
+    assert methods(plan) == {"a": "dense", "b": "dense"}
+    assert {name: table.precision for name, table in plan.tables.items()} == {"a": large, "b": small}
 
 
 @pytest.mark.parametrize(("budget", "structure"), [("0.15x", "lowrank"), ("0.05x", "qr"), (5_500, "partitions")])
@@ -38,7 +43,9 @@ def test_structure_where_most_ids_matter_and_hashes_where_few_do(budget: str | i
     even, skewed = et.Feature("even", 100_000, counts=np.full(100_000, 9)), et.Feature("skewed", 100_000, counts=ZIPF)
     plan = et.plan([even, skewed, et.Feature("gender", 3)], "auto", budget)
     assert methods(plan) == {"even": structure, "skewed": "unified", "gender": "dense"}
-    assert precisions(plan) == {"int4"}
+    assert {name: table.precision == "int4" for name, table in plan.tables.items()} == {
+        name: name != "gender" for name in plan.tables
+    }
 
 
 def test_without_counts_all_ids_matter() -> None:

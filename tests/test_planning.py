@@ -106,6 +106,27 @@ def test_description_names_every_feature_and_the_total() -> None:
     assert "@unified8: 8 MB" in text
 
 
+def test_a_feature_may_have_a_precision_of_its_own() -> None:
+    """Shared tables are then kept apart, and the plan's own precision is for those that name none."""
+    features = [et.Feature("a", 1000), et.Feature("b", 3000), et.Feature("c", 30)]
+    wanted = {
+        "a": {"name": "unified", "precision": "int8"},
+        "b": "unified",
+        "c": {"name": "dense", "precision": "fp32"},
+    }
+    plan = et.plan(features, wanted, "0.2x", precision="int4")
+    assert {space: {plan.tables[t].precision for t in e.tables} for space, e in plan.encodings.items()} == {
+        "a": {"int8"},
+        "b": {"int4"},
+        "c": {"fp32"},
+    }
+    assert 0.95 * plan.budget <= plan.nbytes <= plan.budget
+    assert plan.precision == "mixed"
+    assert et.plan(features, "qr", "0.2x", precision="int8") == et.plan(
+        features, {"name": "qr", "precision": "int8"}, "0.2x"
+    )
+
+
 a, b = et.Feature("a", 10), et.Feature("b", 20)
 
 
@@ -113,7 +134,12 @@ a, b = et.Feature("a", 10), et.Feature("b", 20)
     ("arguments", "message"),
     [
         ({"method": "hsah"}, "unknown method 'hsah'; there are dense, hash"),
-        ({"method": {"name": "qr", "opp": "sum"}}, "method 'qr' has no option 'opp'; it has op"),
+        ({"method": {"name": "qr", "opp": "sum"}}, "method 'qr' has no option 'opp'; it has op, precision"),
+        ({"method": {"name": "qr", "op": 2}}, "method 'qr': option op must be str, got 2"),
+        ({"method": {"name": "lowrank", "bias": "no"}}, "method 'lowrank': option bias must be bool, got 'no'"),
+        ({"method": {"name": "dhe", "layers": True}}, "method 'dhe': option layers must be int, got True"),
+        ({"method": {"name": "robe", "chunk": 2.0}}, "option chunk must be int or null, got 2.0"),
+        ({"method": {"name": "qr", "precision": "int3"}}, "method 'qr': unknown precision 'int3'; there are fp32"),
         ({"method": {"name": "qr", "op": "max"}, "budget": "0.5x"}, "op must be one of concat, sum, product"),
         ({"method": "unified", "chunks": 3, "budget": "0.5x"}, "chunks must divide dim; got chunks=3, dim=16"),
         ({"method": {"a": "hash"}}, "says nothing of feature 'b'"),

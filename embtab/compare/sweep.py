@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from embtab.errors import UserError
+from embtab.methods import METHODS
 from embtab.planning import MethodSpec, Plan
 
 
@@ -63,18 +64,18 @@ class Sweep:
     def cells(self) -> list[Cell]:
         """Every run, seed by seed, so that a sweep stopped early still compares all methods.
 
-        `auto` chooses its precision itself. Dense tables are always measured in int8, too: it takes no further
-        training, and is what to surpass.
+        `auto` chooses its precision itself, and so does a method that names one. Dense tables are always measured in
+        int8, too: it takes no further training, and is what to surpass.
         """
         cells = []
         for seed in self.seeds:
             for precision in self.precisions:
                 for method in self.methods:
                     budgets = (None,) if label(method) == "dense" else self.budgets
-                    if label(method) != "auto":
+                    if not _chooses_precision(method):
                         cells += [Cell(method, budget, precision, seed) for budget in budgets]
-            if "auto" in map(label, self.methods):
-                cells += [Cell("auto", budget, None, seed) for budget in self.budgets]
+            for method in filter(_chooses_precision, self.methods):
+                cells += [Cell(method, budget, None, seed) for budget in self.budgets]
             if "dense" in map(label, self.methods) and "int8" not in self.precisions:
                 cells.append(Cell("dense", None, "int8", seed))
         return cells
@@ -95,6 +96,15 @@ class Cell:
         return (
             f"{label(self.method)}, {self.budget or 'no budget'}, {self.precision or 'any precision'}, seed {self.seed}"
         )
+
+
+def _chooses_precision(method: MethodSpec) -> bool:
+    """Whether the precision is the method's to say: of `auto`, and where its options name one."""
+    if isinstance(method, str):
+        return method == "auto"
+    if "name" in method:
+        return method["name"] in METHODS and "precision" in method
+    return any(not isinstance(each, str) and "precision" in each for each in method.values())
 
 
 def label(method: MethodSpec) -> str:

@@ -96,6 +96,10 @@ class Spec:
         """Serving bytes of one row of width D per id."""
         return space.num_ids * self.row_bytes(self.dim)
 
+    def dense_bytes_of(self, spaces: Sequence[Feature]) -> int:
+        """Serving bytes of the dense tables of many spaces."""
+        return sum(map(self.dense_bytes, spaces))
+
 
 BYTES = {"float32": 4, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
 

@@ -13,7 +13,6 @@ from embtab.methods.lowrank import LowRank
 
 
 def test_projecting_before_or_after_pooling_is_the_same() -> None:
-    """A bias would be added three times before pooling and once after."""
     plan = et.plan([et.Feature("f", 1000)], "lowrank", "0.4x", dim=16)
     tables = et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0)
     state = tables.state_dict()
@@ -22,6 +21,30 @@ def test_projecting_before_or_after_pooling_is_the_same() -> None:
     pooled = tables(KeyedJaggedTensor(["f"], ids, weights, lengths=torch.tensor([3]))).values()[0]
     torch.testing.assert_close(pooled, (weights[:, None] * (rows[ids] @ projection)).sum(0))
     torch.testing.assert_close(pooled, (weights[:, None] * rows[ids]).sum(0) @ projection)
+
+
+def test_a_bias_belongs_to_each_id_of_a_bag_and_starts_at_zero() -> None:
+    plan = et.plan([et.Feature("f", 1000)], {"name": "lowrank", "bias": True}, "0.4x", dim=16)
+    tables = et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0)
+    state = tables.state_dict()
+    assert not state["arrays.f.bias"].any()
+    state["arrays.f.bias"] += torch.arange(16.0)
+    tables.load_state_dict(state)
+    ids, weights = torch.tensor([5, 5, 999]), torch.tensor([0.5, -2.0, 3.0])
+    pooled = tables(KeyedJaggedTensor(["f"], ids, weights, lengths=torch.tensor([3]))).values()[0]
+    without = (weights[:, None] * (state["lookup.f"][ids] @ state["arrays.f.projection"])).sum(0)
+    torch.testing.assert_close(pooled, without + 1.5 * torch.arange(16.0))
+
+
+def test_a_bias_counts_as_a_row_of_the_projection() -> None:
+    """The rank of a table with a bias is that of a table without, given the bytes of one more vector."""
+    feature = [et.Feature("f", 1000)]
+    for rank in (1, 5, 15):
+        nbytes = 4 * rank * (1000 + 16)
+        assert et.plan(feature, "lowrank", nbytes).encoding("f") == LowRank(16, 1000, ("f",), rank)
+        with_bias = et.plan(feature, {"name": "lowrank", "bias": True}, nbytes + 4 * 16)
+        assert with_bias.nbytes == nbytes + 4 * 16
+        assert with_bias.encoding("f") == LowRank(16, 1000, ("f",), rank, bias=True)
 
 
 @given(num_ids=st.integers(1, 10**6), dim=st.integers(1, 64), budget=st.integers(1, 10**8))
