@@ -11,13 +11,15 @@ from embtab.compare.figure import (
     Figure,
     Panel,
     Table,
-    budget_of,
+    drawn,
     methods_of,
     name_of,
     named,
     number,
     precisions_of,
+    short_name,
     signed,
+    titled,
 )
 from embtab.compare.statistics import Difference, difference
 from embtab.compare.summary import Point, Summary
@@ -40,9 +42,9 @@ def slices(summary: Summary) -> Figure | None:
     for precision in precisions_of(summary):
         for name, said in SLICES.items():
             records = []
-            for point in measured:
+            for point in drawn(measured, precision):
                 gap = _slice_gap(point, dense, name)
-                if gap is not None and point.precision == precision and point is not dense:
+                if gap is not None and point is not dense:
                     records.append({**named(point), "nbytes": point.nbytes, "loss": gap.mean, **_ends(gap)})
             if records:
                 zero = [{"line": "dense, fp32", "value": 0.0}]
@@ -94,19 +96,20 @@ def collisions(summary: Summary) -> Figure | None:
     for precision in precisions_of(summary):
         records = [
             {
-                "name": f"{point.method}, {budget_of(point)}",
+                "name": short_name(point),
                 "column": space,
                 "share": found[space][0] / sizes[space],
                 "ids": sizes[space],
             }
-            for point, found in counted.items()
-            if point.precision == precision and any(shared for shared, _ in found.values())
+            for point in drawn(counted, precision)
+            for found in [counted[point]]
+            if any(shared for shared, _ in found.values())
             for space in spaces
             if space in found
         ]
         if records:
             spec = charts.heat(records, "share", "ids that share their vector")
-            panels.append(Panel(f"collisions-{precision}", f"Rows served in {precision}", spec))
+            panels.append(Panel(f"collisions-{precision}", titled(summary, precision), spec))
     lines = tuple(
         (*name_of(point), format_bytes(point.nbytes), *(f"{found[s][0]:,.0f}" if s in found else "" for s in spaces))
         for point, found in counted.items()
@@ -133,12 +136,13 @@ def calibration(summary: Summary) -> Figure | None:
         return None
     panels = []
     for precision in precisions_of(summary):
-        for budget in dict.fromkeys(p.budget for p in measured if p.precision == precision and p.method != "dense"):
+        shown = drawn(measured, precision)
+        for budget in dict.fromkeys(point.budget for point in shown if point.method != "dense"):
             records = [
                 {**named(point), "decile": i, "predicted": predicted, "observed": observed}
-                for point, groups in measured.items()
-                if point.precision == precision and (point.budget == budget or point.method == "dense")
-                for i, (predicted, observed) in enumerate(groups, start=1)
+                for point in shown
+                if point.budget == budget or point.method == "dense"
+                for i, (predicted, observed) in enumerate(measured[point], start=1)
             ]
             spec = charts.reliability(records, methods_of(summary))
             panels.append(Panel(f"calibration-{precision}-{budget}", f"At {budget}, rows in {precision}", spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from embtab.compare.charts import Record, Spec
@@ -45,15 +46,34 @@ def methods_of(summary: Summary) -> list[str]:
 
 
 def precisions_of(summary: Summary) -> list[str]:
-    """Those in which anything but dense tables was measured; all where nothing else was."""
-    every = dict.fromkeys(point.precision for point in summary.points)
-    compressed = {point.precision for point in summary.points if point.method != "dense"}
+    """The precisions that have panels of their own: in which anything but dense tables was asked for; all of them where
+    nothing else was.
+    """
+    asked = [point for point in summary.points if not point.free] or summary.points
+    compressed = {point.precision for point in asked if point.method != "dense"}
+    every = dict.fromkeys(point.precision for point in asked)
     return [precision for precision in every if precision in compressed] or list(every)
+
+
+def drawn(points: Iterable[Point], precision: str) -> list[Point]:
+    """Those of a precision's panel: with them stand the points that were free to choose another."""
+    return [point for point in points if point.free or point.precision == precision]
+
+
+def titled(summary: Summary, precision: str) -> str:
+    """Of a precision's panel."""
+    free = dict.fromkeys(p.method for p in summary.points if p.free and p.precision != precision)
+    return f"Rows served in {precision}" + (f" ({', '.join(free)}: precision of its own)" if free else "")
 
 
 def budget_of(point: Point) -> str:
     """As asked for."""
     return "no limit" if point.budget == "none" else point.budget
+
+
+def short_name(point: Point) -> str:
+    """Of a bar or line of a precision's panel."""
+    return f"{point.method}{f' ({point.precision})' if point.free else ''}, {budget_of(point)}"
 
 
 def name_of(point: Point) -> tuple[str, str, str]:

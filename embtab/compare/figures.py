@@ -13,12 +13,15 @@ from embtab.compare.figure import (
     Table,
     bounds,
     budget_of,
+    drawn,
     methods_of,
     name_of,
     named,
     number,
     precisions_of,
+    short_name,
     signed,
+    titled,
 )
 from embtab.compare.searches import search_cost
 from embtab.compare.summary import Point, Summary
@@ -47,7 +50,7 @@ def _auc(summary: Summary) -> Figure:
     margin = 0.03 * (max(marks) - min(marks))
     panels = []
     for precision in precisions_of(summary):
-        chosen = [record for point, record in records.items() if point.precision == precision]
+        chosen = [records[point] for point in drawn(summary.points, precision)]
         spec = charts.against_bytes(
             chosen,
             methods_of(summary),
@@ -57,7 +60,7 @@ def _auc(summary: Summary) -> Figure:
             references=references,
             front=front,
         )
-        panels.append(Panel(f"auc-{precision}", f"Rows served in {precision}", spec))
+        panels.append(Panel(f"auc-{precision}", titled(summary, precision), spec))
     text = (
         "Higher is better. Bars are 95 % intervals: over seeds, or over resamples of the test set where there is one "
         "seed. The Pareto front joins the points of all precisions that nothing smaller surpasses. Points of one "
@@ -123,12 +126,11 @@ def _parts(summary: Summary) -> Figure:
     panels = []
     for precision in precisions_of(summary):
         records = [
-            {"name": f"{point.method}, {budget_of(point)}", "part": part, "nbytes": nbytes}
-            for point, kinds in by_point.items()
-            if point.precision == precision
-            for part, nbytes in _merged(kinds, kept).items()
+            {"name": short_name(point), "part": part, "nbytes": nbytes}
+            for point in drawn(by_point, precision)
+            for part, nbytes in _merged(by_point[point], kept).items()
         ]
-        panels.append(Panel(f"parts-{precision}", f"Rows served in {precision}", charts.bars(records, kept)))
+        panels.append(Panel(f"parts-{precision}", titled(summary, precision), charts.bars(records, kept)))
     lines = (
         (*name_of(point), format_bytes(point.nbytes), *(f"{_merged(kinds, kept).get(part, 0):,}" for part in kept))
         for point, kinds in by_point.items()
@@ -162,8 +164,8 @@ def _speed(summary: Summary) -> Figure | None:
         for column, title in (("samples_per_s", "Training, samples/s"), ("latency_us", "Serving, microseconds/sample")):
             records = [
                 {**named(point), "nbytes": point.nbytes, column: point.mean(column)}
-                for point in summary.points
-                if point.precision == precision and point.mean(column) is not None
+                for point in drawn(summary.points, precision)
+                if point.mean(column) is not None
             ]
             if records:
                 spec = charts.against_bytes(records, methods_of(summary), column, title, log=True)

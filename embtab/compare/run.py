@@ -74,7 +74,7 @@ def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
             else:
                 work.append(each)
         _train_all(work, rows, out, jobs)
-        own = [place(each.row) for each in planned]
+        own = dict.fromkeys(place(each.row) for each in planned)  # once, though asked for in several precisions
         in_order = {key: rows[key] for key in own} | rows  # however often the sweep was interrupted
         write_results(out / "results.csv", list(in_order.values()))
         rows = read_results(out / "results.csv")  # what is reported is what is in the file
@@ -104,7 +104,7 @@ def _planned(sweep: Sweep, dataset: Dataset, features: list[Feature], cell: Cell
     row |= {
         "method": label(cell.method),
         "budget": "none" if cell.budget is None else str(cell.budget),
-        "precision": cell.precision or "fp32",
+        "precision": cell.precision or "any precision",
         "seed": cell.seed,
         "dim": sweep.dim,
         "training": sweep.training,
@@ -121,8 +121,7 @@ def _planned(sweep: Sweep, dataset: Dataset, features: list[Feature], cell: Cell
     except InfeasibleBudget as error:
         row |= {"status": "infeasible", "min_bytes": error.min_bytes, "error": str(error)}
         return _Planned(sweep, cell, row | {"key": f"infeasible {cell.name} {dataset.fingerprint}"})
-    row |= {"precision": cell.precision or made.precision}
-    row |= {"nbytes": made.nbytes, "bytes_by_part": made.bytes_by_part()}
+    row |= {"precision": made.precision, "nbytes": made.nbytes, "bytes_by_part": made.bytes_by_part()}
     return _Planned(sweep, cell, row | {"key": cell_key(sweep, made, dataset.fingerprint, cell.seed)}, made)
 
 

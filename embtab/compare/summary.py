@@ -31,7 +31,7 @@ class Point:
 
     @property
     def precision(self) -> str:
-        """Of the served rows."""
+        """Of the served rows; "mixed" where tables differ."""
         return str(self.rows[0]["precision"])
 
     @property
@@ -40,9 +40,14 @@ class Point:
         return str(self.rows[0]["budget"])
 
     @property
+    def free(self) -> bool:
+        """Whether the method chose the precision itself, perhaps another for every feature: beside any other's."""
+        return self.method == "auto" or self.precision == "mixed"
+
+    @property
     def name(self) -> str:
         """For people: "unified, int8"."""
-        return f"{self.method}, {self.precision}"
+        return f"{self.method}, {'mixed precision' if self.precision == 'mixed' else self.precision}"
 
     @property
     def largest(self) -> Row:
@@ -123,8 +128,13 @@ class Summary:
         return self._find("dense", precision, "none")
 
     def hash_beside(self, point: Point) -> Point | None:
-        """The hashed tables of a point's budget and precision."""
-        return self._find("hash", point.precision, point.budget)
+        """The hashed tables of a point's budget and precision; of any precision, the best on the validation split,
+        where the point was free to choose one.
+        """
+        if not point.free:
+            return self._find("hash", point.precision, point.budget)
+        hashed = [other for other in self.points if (other.method, other.budget) == ("hash", point.budget)]
+        return max(hashed, key=lambda other: other.mean("val_auc") or 0.0, default=None)
 
     def pareto(self) -> list[Point]:
         """The points that no smaller or equally large one surpasses in mean AUC, by bytes."""

@@ -8,9 +8,11 @@ from embtab.compare.results import COLUMNS
 from embtab.compare.sweep import Sweep
 from embtab.datasets.schema import Categorical, Dataset, PartFile
 
-METHODS = ("dense", "hash", "unified", {"name": "qr", "op": "concat"})
+METHODS = ("dense", "hash", "unified", {"name": "qr", "op": "concat"}, "auto")
 BUDGETS = ("0.2x", "0.05x")
 SEEDS = (0, 1, 2)
+AUTOS = {"0.2x": "int4", "0.05x": "mixed"}
+"""What precision auto chose at each budget."""
 DENSE_BYTES = 1_000_000
 SWEEP = Sweep("data", METHODS, BUDGETS, SEEDS, ("fp32", "int8"), dim=8)
 DATASET = Dataset(
@@ -29,13 +31,14 @@ def made_up_rows(seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for cell in SWEEP.cells():
         method = cell.method if isinstance(cell.method, str) else "qr op=concat"
+        precision = cell.precision or AUTOS[str(cell.budget)]
         share = 1.0 if cell.budget is None else float(str(cell.budget)[:-1])
-        share *= 0.4 if method == "dense" and cell.precision == "int8" else 1
-        loss = {"dense": 0, "hash": 0.05, "unified": 0.004, "qr op=concat": 0.01}[method]
+        share *= 0.4 if method == "dense" and precision == "int8" else 1
+        loss = {"dense": 0, "hash": 0.05, "unified": 0.004, "qr op=concat": 0.01, "auto": 0.006}[method]
         auc = 0.75 + luck[cell.seed] - loss * (1 - np.log10(share)) + generator.normal(0, 0.0005)
         nbytes = int(share * DENSE_BYTES)
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
-        row |= {"method": method, "budget": cell.budget or "none", "precision": cell.precision, "seed": cell.seed}
+        row |= {"method": method, "budget": cell.budget or "none", "precision": precision, "seed": cell.seed}
         row |= {
             "dense_nbytes": DENSE_BYTES,
             "dim": 8,

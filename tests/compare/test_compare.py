@@ -95,7 +95,8 @@ def test_rows_are_rounded_once(data: str, monkeypatch: pytest.MonkeyPatch) -> No
     measured: dict[str, torch.Tensor] = {}
 
     def kept(tables: EmbeddingBagCollection) -> dict[str, list[int]]:
-        measured[tables.plan.precision] = torch.cat([tables.lookup.table(name).flatten() for name in tables.plan.tables])
+        rows = [tables.lookup.table(name).flatten() for name in tables.plan.tables]
+        measured[tables.plan.precision] = torch.cat(rows)
         return {}
 
     monkeypatch.setattr(embtab.compare.train.measure, "collisions", kept)

@@ -90,7 +90,8 @@ def test_figures_show_the_numbers_of_results_csv(page: str, tmp_path: Path) -> N
         assert record["share"] == pytest.approx(loss / record["ids"])
     for record in records_of(page, "parts-int8"):
         part = {"rows": "user", "remainder": "item@remainder"}[record["part"]]
-        row = next(r for r in written if r["precision"] == "int8" and named(r) == record["name"])
+        beside = [r for r in written if r["precision"] == "int8" or r["method"] == "auto"]
+        row = next(r for r in beside if named(r) == record["name"])
         assert record["nbytes"] == json.loads(row["bytes_by_part"])[part]
     for record in records_of(page, "calibration-fp32-0.2x"):
         if "method" in record:
@@ -105,7 +106,48 @@ def matches(row: dict[str, str], record: dict[str, Any]) -> bool:
 
 
 def named(row: dict[str, str]) -> str:
-    return f"{row['method']}, {row['budget'].replace('none', 'no limit')}"
+    own = f" ({row['precision']})" if row["method"] == "auto" else ""
+    return f"{row['method']}{own}, {row['budget'].replace('none', 'no limit')}"
+
+
+def test_a_method_that_chooses_its_precision_is_beside_the_others(page: str) -> None:
+    charts = re.findall(r'data-chart="chart-([^"]+)"', page)
+    assert {name.rpartition("-")[2] for name in charts if name.startswith("auc-")} == {"fp32", "int8"}
+    for precision in ("fp32", "int8"):
+        for chart in ("auc", "speed-samples", "slices-rare", "calibration"):
+            name = f"{chart}-{precision}" if chart != "calibration" else f"{chart}-{precision}-0.05x"
+            shown = {(r["method"], r["precision"]) for r in records_of(page, name) if "method" in r}
+            assert {("unified", precision), ("auto", "mixed")} <= shown
+            assert {own for _, own in shown} <= {precision, "int4", "mixed"}
+        for chart in ("parts", "collisions"):
+            shown = {record["name"] for record in records_of(page, f"{chart}-{precision}")}
+            assert {"hash, 0.2x", "auto (int4), 0.2x", "auto (mixed), 0.05x"} <= shown
+    assert "Rows served in int8 (auto: precision of its own)" in page
+
+
+def test_a_method_that_chooses_its_precision_is_held_to_the_best_hash() -> None:
+    rows = made_up_rows()
+    for row in rows:
+        if row["status"] == "ok":
+            row["val_auc"] += {"hash int8": 0.01, "auto int4": 0.1, "auto mixed": 0.1}.get(
+                f"{row['method']} {row['precision']}", 0
+            )
+    summary = summarise(rows, BUDGETS)
+    for auto in (point for point in summary.points if point.method == "auto"):
+        beside = summary.hash_beside(auto)
+        assert beside is not None
+        assert (beside.method, beside.precision, beside.budget) == ("hash", "int8", auto.budget)
+    (first, second) = advise(summary)
+    assert (first.choice, second.choice) == ("auto, int4", "auto, mixed precision")
+    assert "above hash at equal bytes" in second.reasons
+
+
+def test_alone_with_dense_it_has_the_panels_of_dense() -> None:
+    some = [row for row in made_up_rows() if row["method"] in ("dense", "auto")]
+    page = html(make_report(SWEEP, DATASET, some))
+    assert {("auto", "mixed"), ("dense", "fp32")} <= {
+        (r["method"], r["precision"]) for r in records_of(page, "auc-fp32") if "method" in r
+    }
 
 
 def test_the_front_is_what_nothing_smaller_surpasses() -> None:
