@@ -98,6 +98,10 @@ class DARE(nn.Module):
     def summary(self, events: Events, attention: Events) -> Tensor:
         """Float [B, F * D]: representation vectors of the events found, weighted by attention; zero for no event."""
         found = self.search(attention)
+        if torch.compiler.is_exporting():  # events that are not found stay, without weight: lengths must not change
+            scores = self.scores(attention).masked_fill(~found, float("-inf"))
+            weights = segment_softmax(scores, events.lengths)
+            return segment_sum(weights.unsqueeze(1) * events.history.flatten(1), events.lengths)
         weights = segment_softmax(self.scores(attention)[found], (kept := events.kept(found)).lengths)
         return segment_sum(weights.unsqueeze(1) * kept.history.flatten(1), kept.lengths)
 
@@ -132,8 +136,8 @@ class DARE(nn.Module):
 def _dots(target_be: Tensor, events: Events) -> Tensor:
     """Float [N]: the product of each event's vector and its row of [B, E]."""
     history_ne = events.history.flatten(1)
-    long = history_ne.shape[0] >= LONG * max(target_be.shape[0], 1)
-    if not long or torch.is_grad_enabled() or history_ne.is_cuda or torch.compiler.is_compiling():
+    plain = torch.is_grad_enabled() or history_ne.is_cuda or torch.compiler.is_compiling()
+    if plain or history_ne.shape[0] < LONG * max(target_be.shape[0], 1):
         return (target_be[events.owner] * history_ne).sum(1)
     # Row by row nothing as large as the history is written: measured on a CPU, a fourth of the time or less.
     rows = history_ne.split(events.lengths.tolist())

@@ -92,6 +92,8 @@ def top_events(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
     A row of k events or fewer keeps all of them. Ties are broken by place, so that the choice depends on nothing but
     the row's own scores: not on other rows, nor on the device.
     """
+    if torch.compiler.is_exporting():
+        return ranks(scores, lengths) < k
     scores_bl = padded(scores.detach(), lengths, float("-inf"))
     longest = scores_bl.shape[1]
     if k >= longest:
@@ -104,3 +106,14 @@ def top_events(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
     room_b1 = k - above_bl.sum(1, keepdim=True)
     rank_bl = equal_bl.flip(1).cumsum(1).flip(1)
     return (above_bl | (equal_bl & (rank_bl <= room_b1)))[there_bl]
+
+
+def ranks(scores: Tensor, lengths: Tensor) -> Tensor:
+    """int64 [N]: events of its row that are better than each event, as `top_events` has it; exports at any length."""
+    rows = owner(lengths, scores.shape[0])
+    order = torch.arange(scores.shape[0], device=scores.device).flip(0)  # of equal scores the later first
+    order = order[scores[order].argsort(stable=True, descending=True)]
+    order = order[rows[order].argsort(stable=True)]
+    first = lengths.cumsum(0) - lengths
+    places = torch.arange(scores.shape[0], device=scores.device) - first[rows[order]]
+    return torch.zeros_like(places).scatter(0, order, places)

@@ -137,7 +137,12 @@ def _export_program(arguments: argparse.Namespace, is_bundle: bool) -> None:
     with tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=f".{arguments.out.name}.") as folder:
         save(trained.tables, Path(folder) / "bundle", precision=arguments.precision)
         opened = Bundle(Path(folder) / "bundle", verify=False)
-        ranker = Ranker(opened, trained.model, trained.num_dense, single=_single(arguments.single, opened))
+        attention = None
+        if trained.attention is not None:
+            save(trained.attention, Path(folder) / "attention", precision=arguments.precision)
+            attention = Bundle(Path(folder) / "attention", verify=False)
+        single = _single(arguments.single, opened)
+        ranker = Ranker(opened, trained.model, trained.num_dense, single=single, attention=attention)
         export(ranker, opened, arguments.out, arguments.format, trained.about)
 
 
@@ -264,6 +269,8 @@ def _under_its_ranker(
     from embtab.transplant import auc_of, fine_tuned
 
     trained = load_trained(arguments.ranker, arguments.config)
+    if trained.attention is not None:
+        raise UserError(f"{arguments.ranker}: its attention has tables of its own, which an import does not replace")
     names = [feature.name for feature in trained.tables.plan.features]
     if names != [feature.name for feature in tables.plan.features]:
         raise UserError(f"{arguments.ranker}: its ranker reads {', '.join(names)}; import a table for each of them")

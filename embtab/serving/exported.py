@@ -149,7 +149,7 @@ def made_inputs(module: ServedTables | Ranker, rows: int, random: np.random.Gene
             own[:2] = (5, 0)
             bagged = tables.bagged(features[feature])
             total = rows if feature in tables.single else (own if bagged else lengths).sum()
-            found[name] = _ids(tables, feature, int(total), random)
+            found[name] = _ids(module, feature, int(total), random)
             if bagged:
                 found[f"offsets.{feature}"] = np.cumsum([0, *own])
         elif what == "weights":
@@ -157,11 +157,15 @@ def made_inputs(module: ServedTables | Ranker, rows: int, random: np.random.Gene
     return {name: found[name] for name in module.inputs()}
 
 
-def _ids(tables: ServedTables, feature: str, total: int, random: np.random.Generator) -> np.ndarray:
-    known = next(each for each in tables.plan.features if each.name == feature)
-    ids = random.integers(0, known.num_ids, total)
-    ids[:2] = (known.num_ids - 1, 0)
-    if tables.plan.encodings[known.space].num_ids is None:
+def _ids(module: ServedTables | Ranker, feature: str, total: int, random: np.random.Generator) -> np.ndarray:
+    """Both ends of a feature's ids, others at random; extremes where all tables that read them take any int64."""
+    reading = [module.tables, module.attention] if isinstance(module, Ranker) else [module]
+    plans = [tables.plan for tables in reading if tables is not None]
+    known = [(plan, each) for plan in plans for each in plan.features if each.name == feature]
+    num_ids = known[0][1].num_ids
+    ids = random.integers(0, num_ids, total)
+    ids[:2] = (num_ids - 1, 0)
+    if all(plan.encodings[each.space].num_ids is None for plan, each in known):
         ids[2 : 2 + len(golden.EXTREMES)] = golden.EXTREMES[: max(total - 2, 0)]
     return ids
 

@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -57,11 +57,12 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
                 input_names=module.inputs(),
                 output_names=module.outputs(),
             )
         except Exception as error:  # the exporter has many
-            raise UserError(f"the model cannot be exported to ONNX: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"the model cannot be exported to ONNX: {_reason(error)}") from None
         assert made is not None
         made.save(path, external_data=size > MAX_INSIDE)
 
@@ -76,6 +77,23 @@ def _renamed(program: torch.export.ExportedProgram) -> None:
     for node in program.graph.nodes:
         node.target = known.get(node.target, node.target)
     program.graph_module.recompile()
+
+
+def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
+    """A sort that the exporter lacks: TopK of everything, which by ONNX's definition keeps the order of equals."""
+    from onnxscript import opset20
+
+    op: Any = opset20
+    length = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+    ordered: tuple[Any, Any] = op.TopK(values, length, axis=dim, largest=int(descending), sorted=1)
+    return ordered
+
+
+def _reason(error: BaseException) -> str:
+    """The message of the first error, in one line; the exporter's own are advice on how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]
 
 
 def load(path: Path) -> Run:

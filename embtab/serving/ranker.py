@@ -37,13 +37,20 @@ class Ranker(nn.Module):
         num_dense: N, numeric values of a row; without any there is no input `dense`.
         weighted: take a weight for every id of a feature that is pooled.
         single: features with one id in every row, which take no offsets.
+        attention: the tables of a model whose attention has its own, of the target and the history.
 
     Raises:
-        UserError: when a sequence model has attention tables of its own, or the features no target for a history.
+        UserError: when the features have no target for a history.
     """
 
     def __init__(
-        self, bundle: Bundle, model: nn.Module, num_dense: int, weighted: bool = False, single: Collection[str] = ()
+        self,
+        bundle: Bundle,
+        model: nn.Module,
+        num_dense: int,
+        weighted: bool = False,
+        single: Collection[str] = (),
+        attention: Bundle | None = None,
     ) -> None:
         super().__init__()
         features = bundle.plan["features"]
@@ -53,6 +60,11 @@ class Ranker(nn.Module):
             self.layout = Layout.of(ServedTables(bundle).plan.features)
             single = {*single, *self.layout.targets}
         self.tables = ServedTables(bundle, weighted, single)
+        self.attention: ServedTables | None = None
+        if attention is not None:
+            assert self.layout is not None
+            self.attention_bundle = attention
+            self.attention = ServedTables(attention, single=self.layout.targets)
         self.model = model.eval()
 
     def inputs(self) -> list[str]:
@@ -68,26 +80,31 @@ class Ranker(nn.Module):
 
     def forward(self, inputs: Inputs) -> dict[str, Tensor]:
         """Logits [B] of a click."""
-        vectors = {name.removeprefix("vectors."): found for name, found in self.tables(inputs).items()}
-        return {"logits": self.ranked(inputs, vectors)}
+        attention = None if self.attention is None else _by_feature(self.attention(inputs))
+        return {"logits": self.ranked(inputs, _by_feature(self.tables(inputs)), attention)}
 
-    def ranked(self, inputs: Inputs, vectors: Mapping[str, Tensor]) -> Tensor:
+    def ranked(
+        self, inputs: Inputs, vectors: Mapping[str, Tensor], attention: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Logits [B] from the vectors of every feature: [B, D], or [N, D] of a history."""
         if self.layout is None:
             stacked = torch.stack(list(vectors.values()), dim=1)
             logits: Tensor = self.model(self._dense(inputs, stacked), stacked)
             return logits
-        layout = self.layout
-        events = Events(
-            torch.stack([vectors[name] for name in layout.targets], dim=1),
-            torch.stack([vectors[name] for name in layout.histories], dim=1),
-            inputs[f"offsets.{layout.histories[0]}"].diff(),
-        )
-        others = [vectors[feature.name] for feature in layout.others]
-        first = events.target
+        events = [self._events(inputs, each) for each in (vectors, attention) if each is not None]
+        others = [vectors[feature.name] for feature in self.layout.others]
+        first = events[0].target
         side = torch.stack(others, dim=1) if others else first.new_zeros(first.shape[0], 0, first.shape[2])
-        ranked: Tensor = self.model(self._dense(inputs, first), side, events)
+        ranked: Tensor = self.model(self._dense(inputs, first), side, *events)
         return ranked
+
+    def _events(self, inputs: Inputs, vectors: Mapping[str, Tensor]) -> Events:
+        assert self.layout is not None
+        return Events(
+            torch.stack([vectors[name] for name in self.layout.targets], dim=1),
+            torch.stack([vectors[name] for name in self.layout.histories], dim=1),
+            inputs[f"offsets.{self.layout.histories[0]}"].diff(),
+        )
 
     def _dense(self, inputs: Inputs, vectors: Tensor) -> Tensor:
         return inputs["dense"] if self.num_dense else vectors.new_zeros(vectors.shape[0], 0)
@@ -95,25 +112,40 @@ class Ranker(nn.Module):
     @torch.no_grad()
     def expected(self, bundle: Bundle, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs from the NumPy reader's vectors and the model in plain torch: what an export is compared with."""
-        vectors = {}
-        for feature in self.tables.plan.features:
-            ids, name = inputs[f"ids.{feature.name}"], feature.name
-            if self.tables.bagged(feature):
-                found = bundle.lookup(name, ids, inputs[f"offsets.{name}"], inputs.get(f"weights.{name}"))
-            else:
-                found = bundle.vectors(name, ids)
-            vectors[name] = torch.from_numpy(found)
-        return {"logits": self.ranked({k: torch.from_numpy(v) for k, v in inputs.items()}, vectors).numpy()}
+        vectors = _read(bundle, self.tables, inputs)
+        attention = None if self.attention is None else _read(self.attention_bundle, self.attention, inputs)
+        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        return {"logits": self.ranked(given, vectors, attention).numpy()}
+
+
+def _by_feature(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("vectors."): vectors for name, vectors in found.items()}
+
+
+def _read(bundle: Bundle, tables: ServedTables, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """The NumPy reader's vectors of every feature."""
+    vectors = {}
+    for feature in tables.plan.features:
+        ids, name = inputs[f"ids.{feature.name}"], feature.name
+        if tables.bagged(feature):
+            found = bundle.lookup(name, ids, inputs[f"offsets.{name}"], inputs.get(f"weights.{name}"))
+        else:
+            found = bundle.vectors(name, ids)
+        vectors[name] = torch.from_numpy(found)
+    return vectors
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint of `embtab fit` holds: tables, model, numeric columns, and facts about the run."""
+    """What a checkpoint of `embtab fit` holds: tables, model, numeric columns, facts about the run, and the tables that
+    the model's attention has to itself.
+    """
 
     tables: EmbeddingBagCollection | EmbeddingCollection
     model: nn.Module
     num_dense: int
     about: dict[str, Any]
+    attention: EmbeddingCollection | None = None
 
 
 def load_trained(path: Path, config: Path | None = None) -> Trained:
@@ -128,8 +160,6 @@ def load_trained(path: Path, config: Path | None = None) -> Trained:
     """
     checkpoint = read_checkpoint(path)
     about = described(checkpoint, path)["about"]
-    if "attention_plan" in about:
-        raise UserError(f"{path}: has attention tables of its own, which only a bundle can hold; export bundles")
     if "dense" not in about:
         raise UserError(f"{path}: does not say how many numeric columns there are; it was not made by `embtab fit`")
     tables = load_tables(path)
@@ -144,7 +174,9 @@ def load_trained(path: Path, config: Path | None = None) -> Trained:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path}: is not of the configured model: {' '.join(str(error).split())[:300]}") from None
-    return Trained(tables, model.eval(), len(about["dense"]), about)
+    attention = load_tables(path, part="attention") if "attention_plan" in about else None
+    assert not isinstance(attention, EmbeddingBagCollection)
+    return Trained(tables, model.eval(), len(about["dense"]), about, attention)
 
 
 def _made(config: Path, sizes: list[int]) -> nn.Module:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from embtab.errors import UserError
 from embtab.models import DARE
-from embtab.models.events import Events, top_events
+from embtab.models.events import Events, ranks, top_events
 
 F, D, DA = 3, 4, 2
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=6)
@@ -61,12 +61,14 @@ def test_summary_equals_the_published_formulas(lengths, k, seed):
 def test_search_finds_the_best_and_of_equals_the_latest(lengths, k, seed, ties):
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 3, sum(lengths)).astype(np.float32) if ties else rng.normal(size=sum(lengths))
-    found = top_events(torch.tensor(scores), torch.tensor(lengths), k).numpy()
+    given = torch.tensor(scores), torch.tensor(lengths)
+    found, exported = top_events(*given, k).numpy(), (ranks(*given) < k).numpy()
     start = 0
     for n in lengths:
         part = scores[start : start + n]
         best = sorted(range(n), key=lambda i: (-part[i], -i))[:k]
         assert np.flatnonzero(found[start : start + n]).tolist() == sorted(best)
+        assert np.flatnonzero(exported[start : start + n]).tolist() == sorted(best)
         start += n
 
 
