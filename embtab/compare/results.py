@@ -60,24 +60,43 @@ def read_results(file: Path) -> dict[str, Row]:
     Raises:
         UserError: when the file is not a results.csv of this version.
     """
-    if not file.exists():
-        return {}
-    with file.open(newline="", encoding="utf-8") as opened:
-        reader = csv.DictReader(opened)
-        without_costs = tuple(name for name in COLUMNS if name not in COSTS)  # of sweeps before these were counted
-        if tuple(reader.fieldnames or ()) not in (COLUMNS, without_costs):
-            raise UserError(f"{file}: not a results.csv of this version of embtab; choose another --out")
-        rows = [{name: _parsed(name, row.get(name, "")) for name in COLUMNS} for row in reader]
+    without_costs = tuple(name for name in COLUMNS if name not in COSTS)  # of sweeps before these were counted
+    rows = read_rows(file, COLUMNS, _TEXTS, without_costs)
     return {place(row): row for row in rows}
 
 
 def write_results(file: Path, rows: Sequence[Row]) -> None:
     """Replaces the file in one step."""
+    write_rows(file, COLUMNS, rows)
+
+
+def read_rows(file: Path, columns: Sequence[str], texts: Sequence[str], earlier: Sequence[str] = ()) -> list[Row]:
+    """The rows that `write_rows` wrote; none where there is no file.
+
+    Args:
+        file: a CSV file.
+        columns: it must have exactly these.
+        texts: those that hold text; the others hold JSON. An empty cell is None.
+        earlier: the columns that it may have instead; the others are then None.
+
+    Raises:
+        UserError: when it has other columns.
+    """
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        if list(reader.fieldnames or ()) not in (list(columns), list(earlier)):
+            raise UserError(f"{file}: not a results.csv of this comparison in this version; choose another --out")
+        return [{name: _parsed(row.get(name, ""), name in texts) for name in columns} for row in reader]
+
+
+def write_rows(file: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """Replaces the file in one step; numbers with all digits, what is nested as JSON."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _printed(row[name]) for name in COLUMNS})
+    writer.writerows({name: _printed(row[name]) for name in columns} for row in rows)
     write_text(file, text.getvalue())
 
 
@@ -118,7 +137,7 @@ def _printed(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _parsed(name: str, text: str) -> Any:
-    if text == "":
+def _parsed(cell: str, is_text: bool) -> Any:
+    if cell == "":
         return None
-    return text if name in _TEXTS else json.loads(text)
+    return cell if is_text else json.loads(cell)

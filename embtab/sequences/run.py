@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from embtab.compare import results
+from embtab.compare.summary import Row
 from embtab.compare.sweep import label
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
@@ -23,10 +22,9 @@ from embtab.sequences.report import report
 from embtab.sequences.study import Cell, Study
 
 TEXTS = ("key", "status", "arm", "method", "budget", "error")
-WHOLE = ("seed", "nbytes", "attention_bytes", "min_bytes", "epochs")
+SIZES = ("seed", "nbytes", "attention_bytes", "min_bytes", "epochs")
 MEASURED = ("auc", "gauc", "hr@10", "ndcg@10", "search_ndcg", "logloss", "ne", "calibration", "val_auc", "seconds")
-COLUMNS = ("key", "status", "arm", "method", "budget", *WHOLE, *MEASURED, "error")
-Row = dict[str, Any]
+COLUMNS = ("key", "status", "arm", "method", "budget", *SIZES, *MEASURED, "error")
 
 
 def run_study(study: Study, out: Path) -> str:
@@ -55,10 +53,10 @@ def run_study(study: Study, out: Path) -> str:
         for key in tqdm(left, desc="runs", unit="run", file=sys.stderr):
             row = _trained(study, cells[key], key)
             rows[key] = row
-            write_rows(out / "results.csv", list(rows.values()))
+            results.write_rows(out / "results.csv", COLUMNS, list(rows.values()))
             tqdm.write(f"{cells[key].name}: auc {row['auc']:.5f}, {row['seconds']:.0f} s", file=sys.stderr)
         in_order = {key: rows[key] | _named(cell) for key, cell in cells.items()}
-        write_rows(out / "results.csv", list((rows | in_order).values()))
+        results.write_rows(out / "results.csv", COLUMNS, list((rows | in_order).values()))
         rows = read_rows(out / "results.csv")  # what is reported is what is in the file
         text = report(study, dataset, [rows[key] for key in cells])
         write_text(out / "report.md", text)
@@ -106,31 +104,7 @@ def read_rows(file: Path) -> dict[str, Row]:
     Raises:
         UserError: when the file is not a results.csv of a study.
     """
-    if not file.exists():
-        return {}
-    with file.open(newline="", encoding="utf-8") as opened:
-        reader = csv.DictReader(opened)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{file}: not the results.csv of a comparison of sequence models; choose another --out")
-        rows = [{name: _parsed(name, text) for name, text in row.items()} for row in reader]
-    return {row["key"]: row for row in rows}
-
-
-def write_rows(file: Path, rows: Sequence[Row]) -> None:
-    """Replaces results.csv in one step, numbers with all digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
-    write_text(file, text.getvalue())
-
-
-def _parsed(name: str, text: str) -> Any:
-    if text == "":
-        return None
-    if name in TEXTS:
-        return text
-    return int(text) if name in WHOLE else float(text)
+    return {row["key"]: row for row in results.read_rows(file, COLUMNS, TEXTS)}
 
 
 def _quieten() -> None:
