@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from embtab import __version__
-from embtab.commands import bench, bundle, compare, data, plan, search
+from embtab.commands import bench, bundle, compare, data, doctor, plan, search
 from embtab.commands.parser import Parser
 from embtab.errors import UserError
 
@@ -65,4 +65,5 @@ def build_parser() -> argparse.ArgumentParser:
     bundle.add_verify(commands.add_parser("verify", help="recompute a bundle's golden vectors"))
     bundle.add_inspect(commands.add_parser("inspect", help="show what is inside a bundle"))
     bench.add_bench(commands.add_parser("bench", help="measure speed against torchrec and this machine's limits"))
+    doctor.add_doctor(commands.add_parser("doctor", help="say what is wrong with the installation"))
     return parser
