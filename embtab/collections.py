@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embtab.blocks import Arrays, Block, bases_of, make_blocks, pieces_of
+from embtab.blocks import Arrays, Block, Piece, bases_of, make_blocks, pieces_of
 from embtab.drawing import Draw, Unmade, generator
 from embtab.errors import UserError
 from embtab.features import Feature
@@ -30,7 +30,9 @@ from embtab.lookup import Lookup, Optimizer, Request, StackedLookup, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
-from embtab.ways import Shape, way_of
+from embtab.ways import Shape, Way, way_of
+
+Ways = list[tuple[Piece, Way]]
 
 
 class _Collection(nn.Module):
@@ -194,6 +196,8 @@ class EmbeddingBagCollection(_Collection):
             if feature.pooling == "none":
                 raise UserError(f"feature {feature.name!r} has pooling 'none'; use EmbeddingCollection, or sum or mean")
         super().__init__(plan, backend, optimizer, init_std, device)
+        self.prepared: tuple[KeyedJaggedTensor, Ways, Sequence[Request]] | None = None
+        """What a pipeline has worked out of a batch before its turn, see `embtab.sharding.pipeline`."""
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """One vector per feature and bag.
@@ -210,15 +214,21 @@ class EmbeddingBagCollection(_Collection):
 
     def vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """The same as [B, F, D], features in plan order."""
+        if self.prepared is not None and self.prepared[0] is features:
+            (_, ways, requests), self.prepared = self.prepared, None
+        else:
+            ways, requests = self.asked(features)
+        answers = iter(self.lookup(requests))
+        return self._in_plan_order([piece[0].divide(way.vectors(answers), piece[2]) for piece, way in ways])
+
+    def asked(self, features: KeyedJaggedTensor) -> tuple[Ways, Sequence[Request]]:
+        """How each block of a batch is computed, and what the lookup is asked for that."""
         batch = self._arranged(features)
         shape = Shape.of(batch.lengths(), batch.stride(), len(batch.values()))
         stacked = isinstance(self.lookup, StackedLookup)
         pieces = list(pieces_of(batch, self._each_block()))
-        ways = [way_of(piece, shape, self.pools(piece[0].encoding), stacked) for piece in pieces]
-        answers = iter(self.lookup([request for way in ways for request in way.requests]))
-        return self._in_plan_order(
-            [piece[0].divide(way.vectors(answers), piece[2]) for piece, way in zip(pieces, ways, strict=True)]
-        )
+        ways = [(piece, way_of(piece, shape, self.pools(piece[0].encoding), stacked)) for piece in pieces]
+        return ways, [request for _, way in ways for request in way.requests]
 
     def _in_plan_order(self, outputs: Sequence[Tensor]) -> Tensor:
         """[B, F, D] from one such tensor per block."""

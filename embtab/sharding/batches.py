@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,42 @@ from embtab.lookup import Request
 
 Place = tuple[int, int]
 """A request and one of its slots, by position."""
+
+
+Asked = tuple[Place, Request]
+
+
+@dataclass
+class Questions:
+    """The requests of a batch by who answers them, slot by slot.
+
+    Attributes:
+        counts: the slots of each request.
+        here: those whose tables this process holds in full.
+        away: the others, by torchrec's collection.
+    """
+
+    counts: list[int]
+    here: list[Asked]
+    away: dict[str, list[Asked]]
+
+    def batches(self) -> dict[str, KeyedJaggedTensor]:
+        """What each of torchrec's collections is asked."""
+        return {name: pooled_batch(group) if name == "bags" else single_batch(group)
+                for name, group in self.away.items()}  # fmt: skip
+
+    def answers(self, here: Sequence[Tensor], found: Mapping[str, Any]) -> list[Tensor]:
+        """The answer to each request, from those of this process and those of torchrec's collections."""
+        slots: list[dict[int, Tensor]] = [{} for _ in self.counts]
+        for ((i, j), _), answer in zip(self.here, here, strict=True):
+            slots[i][j] = answer
+        for name, group in self.away.items():
+            # By key: the order of the answer depends on how the tables are spread.
+            rows = found[name].to_dict() if name == "bags" else found[name]
+            for (i, j), one in group:
+                values = rows[one.slots[0]]
+                slots[i][j] = values[:, : one.width] if name == "bags" else summed(values.values(), one)
+        return [joined([parts[j] for j in range(count)]) for parts, count in zip(slots, self.counts, strict=True)]
 
 
 def slots_of(request: Request) -> Iterator[Request]:
@@ -24,7 +62,7 @@ def slots_of(request: Request) -> Iterator[Request]:
         yield Request(request.width, row, length, weight, (name,), (size,))
 
 
-def pooled_batch(group: Sequence[tuple[Place, Request]]) -> KeyedJaggedTensor:
+def pooled_batch(group: Sequence[Asked]) -> KeyedJaggedTensor:
     """The bags of some slots."""
     asked = [one for _, one in group]
     weights = None
@@ -40,7 +78,7 @@ def pooled_batch(group: Sequence[tuple[Place, Request]]) -> KeyedJaggedTensor:
     )
 
 
-def single_batch(group: Sequence[tuple[Place, Request]]) -> KeyedJaggedTensor:
+def single_batch(group: Sequence[Asked]) -> KeyedJaggedTensor:
     """The ids of some slots, as one bag each: bags mean nothing to an EmbeddingCollection."""
     asked = [one for _, one in group]
     sizes = [one.sizes[0] for one in asked]
@@ -63,7 +101,6 @@ def summed(rows: Tensor, one: Request) -> Tensor:
     return torch.segment_reduce(rows, "sum", lengths=one.lengths.long(), axis=0, unsafe=True)
 
 
-def joined(parts: Sequence[Tensor | None]) -> Tensor:
-    """Those that are there, one after the other."""
-    whole = [part for part in parts if part is not None]
-    return whole[0] if len(whole) == 1 else torch.cat(whole)
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))

@@ -30,7 +30,8 @@ from embtab.errors import UserError
 from embtab.lookup import Lookup, Optimizer, Request, padded
 from embtab.methods import Encoding, Table
 from embtab.sharding.adaptive import everyones, reorganise
-from embtab.sharding.batches import Place, joined, pooled_batch, single_batch, slots_of, summed
+from embtab.sharding.batches import Questions, slots_of
+from embtab.sharding.pipeline import Sender, Sent
 from embtab.sharding.placement import Kinds, codes, sharders, sharding_plan
 from embtab.sharding.processes import first_says, whole
 from embtab.sharding.replicas import Replicas
@@ -112,7 +113,8 @@ class ShardedLookup(Lookup):
         modules = torchrec_modules(tables, kinds, bags, ids)
         self._names = {code: name for name, code in codes(tables).items()}
         # In a list, out of sight: torch's own state dict, `parameters()` and `.to()` are not for them.
-        self._hidden: list[Any] = [Replicas(local, device, optimizer), None]
+        self._hidden: list[Any] = [Replicas(local, device, optimizer), None, None]
+        self._device = device
         if modules:
             world = dist.get_world_size()
             plan = first_says(lambda: sharding_plan(modules, tables, kinds, world, device.type, optimizer))
@@ -142,34 +144,35 @@ class ShardedLookup(Lookup):
         """Torchrec's sharded collections, by name."""
         return {} if self._hidden[1] is None else dict(self._hidden[1].module.items())
 
-    def forward(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Answers each request with its sums [B, W]."""
-        answers: list[list[Tensor | None]] = [[None] * len(request.slots) for request in requests]
-        waiting: list[tuple[str, list[tuple[Place, Request]], Any]] = []
-        here: list[Request] = []
-        here_places: list[Place] = []
-        sent: dict[str, list[tuple[Place, Request]]] = {name: [] for name in self.collections}
+    def questions(self, requests: Sequence[Request]) -> Questions:
+        """Who is to answer what."""
+        found = Questions([len(request.slots) for request in requests], [], {})
         for i, request in enumerate(requests):
             for j, one in enumerate(slots_of(request)):
                 if self.table_of[one.slots[0]] in self.replicated:
-                    here.append(self._rebased(one))
-                    here_places.append((i, j))
+                    found.here.append(((i, j), self._rebased(one)))
                 else:
-                    sent[self._collection(one)].append(((i, j), one))
-        for name, group in sent.items():  # all are sent before the first is waited for
-            if group:
-                ask = self.collections[name]
-                batch = pooled_batch(group) if name == "bags" else single_batch(group)
-                waiting.append((name, group, ask(batch)))
-        for (i, j), answer in zip(here_places, self.replicas(here), strict=True):
-            answers[i][j] = answer
-        for name, group, answer in waiting:
-            # By key: the order of the answer depends on how the tables are spread.
-            found = answer.wait() if name != "bags" else answer.wait().to_dict()
-            for (i, j), one in group:
-                rows = found[one.slots[0]]
-                answers[i][j] = rows[:, : one.width] if name == "bags" else summed(rows.values(), one)
-        return [joined(answer) for answer in answers]
+                    found.away.setdefault(self._collection(one), []).append(((i, j), one))
+        return found
+
+    def look_ahead(self) -> Sender:
+        """From now on ids go through torchrec's pipeline, by which they may leave a batch ahead."""
+        self._hidden[2] = Sender(self.collections, self._device)
+        sender: Sender = self._hidden[2]
+        return sender
+
+    def forward(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Answers each request with its sums [B, W]."""
+        questions = requests.questions if isinstance(requests, Sent) else self.questions(requests)
+        if self._hidden[2] is None:
+            batches = questions.batches()
+        else:
+            sent = requests if isinstance(requests, Sent) else self._hidden[2].sent_now(Sent(requests, questions))
+            batches = self._hidden[2].received(sent)
+        # All are asked before the first is waited for.
+        waiting = {name: self.collections[name](batch) for name, batch in batches.items()}
+        here = self.replicas([one for _, one in questions.here])
+        return questions.answers(here, {name: answer.wait() for name, answer in waiting.items()})
 
     def _collection(self, one: Request) -> str:
         if one.lengths is None or self.kinds[self.table_of[one.slots[0]]] == "row_wise_ids":

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.drawing import Unmade
@@ -21,7 +22,9 @@ from embtab.lookup import FbgemmLookup, slot
 from embtab.planning import Plan
 from embtab.sharding import checkpoint as folders
 from embtab.sharding.lookup import ShardedLookup
+from embtab.sharding.pipeline import LookAhead, Through
 from embtab.sharding.placement import kinds
+from embtab.training.data import Epochs
 
 Collection = EmbeddingBagCollection | EmbeddingCollection
 _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "ncclremoteerror")
@@ -40,6 +43,9 @@ class TorchRecStrategy(DDPStrategy):
         plan: "auto" (small tables on every device, torchrec's planner for the others); one of
             `placement.KINDS` for all tables; or a map from names of physical tables (as in `plan.describe()`) to one of
             these, with "*" for the rest.
+        pipeline: send the ids of the next batch while this one trains, see `embtab.sharding.pipeline`; the numbers stay
+            the same. For one EmbeddingBagCollection, of methods that do not reorganise themselves, and batches with one
+            KeyedJaggedTensor, as in `RankingTask`.
         **options: of Lightning's DDPStrategy, such as `timeout` and `process_group_backend`.
 
     Raises:
@@ -48,9 +54,10 @@ class TorchRecStrategy(DDPStrategy):
 
     strategy_name = "torchrec"
 
-    def __init__(self, plan: str | dict[str, str] = "auto", **options: Any) -> None:
+    def __init__(self, plan: str | dict[str, str] = "auto", pipeline: bool = False, **options: Any) -> None:
         super().__init__(**{"broadcast_buffers": False, **options})  # the buffers are constants
-        self.plan = plan
+        self.plan, self.pipeline = plan, pipeline
+        self._ahead: LookAhead | None = None
         self._source: Path | None = None
 
     @property
@@ -76,7 +83,31 @@ class TorchRecStrategy(DDPStrategy):
         for collection in found.values():
             if not isinstance(collection.lookup, ShardedLookup):
                 shard(collection, self._asked(collection), self.root_device)
+        if self.pipeline and trainer.state.fn == TrainerFn.FITTING and self._ahead is None:
+            self._ahead = LookAhead(pipelined(found), self.root_device)
         super().setup(trainer)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Lets training batches pass through the pipeline, where there is one."""
+        module = self.lightning_module
+        if self._ahead is None or module is None or not module.trainer.training:
+            return dataloader
+        if isinstance(dataloader, Epochs):  # it counts what has left the pipeline, and not what has entered it
+            dataloader.through = self._ahead
+            return dataloader
+        return Through(dataloader, self._ahead)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Leaves the pipeline's batches, which are there, as they are."""
+        if self._ahead is not None and batch is self._ahead.current:
+            return batch
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        """Also sends the rows of the next batch, whose sizes have travelled during forward."""
+        if self._ahead is not None:
+            self._ahead.send_rows()
+        super().pre_backward(closure_loss)
 
     def _asked(self, collection: Collection) -> str | dict[str, str]:
         if isinstance(self.plan, str):
@@ -154,6 +185,27 @@ def collections_of(module: LightningModule) -> Iterator[tuple[str, Collection]]:
     for name, child in module.named_modules():
         if isinstance(child, Collection):
             yield name, child
+
+
+def pipelined(found: Mapping[str, Collection]) -> EmbeddingBagCollection:
+    """The collection of a module whose ids can be sent a batch ahead.
+
+    Raises:
+        UserError: when there is none, or more than one.
+    """
+    tables = next(iter(found.values()), None)
+    if len(found) != 1 or not isinstance(tables, EmbeddingBagCollection):
+        raise UserError(
+            "pipeline=True is for modules with one EmbeddingBagCollection and no other collection of embtab; leave it "
+            "out"
+        )
+    for space, encoding in tables.plan.encodings.items():
+        if encoding.adaptive:
+            raise UserError(
+                f"pipeline=True computes rows a batch ahead, but method {encoding.method!r} of {space!r} changes them "
+                "between batches; leave it out"
+            )
+    return tables
 
 
 def slots(plan: Plan, collection: type[Collection] = EmbeddingBagCollection) -> tuple[dict[str, str], dict[str, str]]:

@@ -114,6 +114,8 @@ class Epochs:
         self.loader = loader
         self.batches: ParquetBatches = loader.dataset  # type: ignore[assignment]
         self.per_epoch = per_epoch
+        self.through: Callable[[Iterator[Batch]], Iterator[Batch]] = iter
+        """What the batches pass through on their way to the consumer; it may take some ahead."""
         self.epoch = 0
         self.taken = 0
         self._before = 0
@@ -133,7 +135,7 @@ class Epochs:
         if self.done and not self._resumed:
             self._begin(self.epoch + 1)
         self.batches.load_state_dict(self._position(), self._workers)
-        return self._count(iter(self.loader))
+        return self._count(self.through(iter(self.loader)))
 
     def _begin(self, epoch: int) -> None:
         self.epoch, self.taken, self._before = epoch, 0, 0

@@ -109,6 +109,8 @@ def run(rank: int, world_size: int, port: int, folder: str, runs: list[dict[str,
     """Trains some runs one after the other; every process writes the rows and losses that it saw."""
     enter(rank, world_size, port)
     for settings in runs:
-        options = {**settings, "strategy": strategy(settings["strategy"]), "world_size": world_size}
+        made = strategy(settings["strategy"], settings.get("pipeline", False))
+        options = {key: value for key, value in settings.items() if key != "pipeline"}
+        options |= {"strategy": made, "world_size": world_size}
         seen = train(Path(folder), **options)
         torch.save((seen.rows, seen.losses), Path(folder) / f"{settings['name']}-seen{rank}.pt")

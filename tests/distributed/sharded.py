@@ -7,6 +7,8 @@ import resource
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning as L
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from laws import CASES, DIM, FEATURES, Bags, Case
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
@@ -45,16 +50,23 @@ class Learner(L.LightningModule):
         self.tables, self.lr = tables, lr
         self.head = torch.nn.Linear(len(FEATURES) * DIM, 1)
         self.losses: list[float] = []
+        self.validated: list[float] = []
         self.adapted: list[str] = []
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         self.adapted += self.tables.adapt(self.global_step)
 
-    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+    def loss(self, batch: Any) -> torch.Tensor:
         bags, label = batch
         pooled = self.tables(bags)
         vectors = torch.cat([pooled[feature.name] for feature in FEATURES], 1)
-        loss = F.binary_cross_entropy_with_logits(self.head(vectors).squeeze(1), label)
+        return F.binary_cross_entropy_with_logits(self.head(vectors).squeeze(1), label)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.validated.append(float(self.loss(batch)))
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        loss = self.loss(batch)
         mean = loss.detach().clone()
         if dist.is_initialized():
             dist.all_reduce(mean)
@@ -91,7 +103,16 @@ def batches(rank: int, world_size: int) -> list[tuple[Any, torch.Tensor]]:
     return made
 
 
-def fit(module: Learner, steps: slice, strategy: Any = "auto", world_size: int = 1, epochs: int = 1, **options: Any):
+def fit(
+    module: Learner,
+    steps: slice,
+    strategy: Any = "auto",
+    world_size: int = 1,
+    epochs: int = 1,
+    validate: bool = False,
+    **options: Any,
+):
+    """Trains on some steps; validates on the same, in the middle of an epoch and at its end, where asked to."""
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
@@ -101,10 +122,12 @@ def fit(module: Learner, steps: slice, strategy: Any = "auto", world_size: int =
         max_epochs=epochs,
         enable_checkpointing=False,
         use_distributed_sampler=False,
+        limit_val_batches=1.0 if validate else 0,
+        val_check_interval=STEPS // 2 if validate else None,
         **quiet,
     )
     loader = torch.utils.data.DataLoader(batches(rank, world_size)[steps], batch_size=None, collate_fn=lambda x: x)
-    trainer.fit(module, loader, **options)
+    trainer.fit(module, loader, loader if validate else None, **options)
     return trainer
 
 
@@ -140,8 +163,8 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def strategy(plan: Any) -> et.TorchRecStrategy:
-    return et.TorchRecStrategy(plan, process_group_backend="gloo")
+def strategy(plan: Any, pipeline: bool = False) -> et.TorchRecStrategy:
+    return et.TorchRecStrategy(plan, pipeline, process_group_backend="gloo")
 
 
 def run_cases(rank: int, world_size: int, port: int, folder: str, runs: list[tuple[str, str, Any]]) -> None:
@@ -156,6 +179,42 @@ def run_cases(rank: int, world_size: int, port: int, folder: str, runs: list[tup
         found[name, optimizer, str(plan)] = module.losses, gathered(module.tables).state_dict()
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
+
+
+def run_pipelined(rank: int, world_size: int, port: int, folder: str, runs: list[tuple[str, str, Any]]) -> None:
+    """Trains every (case, optimizer, sharding plan), for two epochs with validation, with a pipeline and without; rank
+    0 writes losses, tables, and what happened in which order.
+    """
+    enter(rank, world_size, port)
+    found = {}
+    for name, optimizer, plan in runs:
+        for pipeline in (False, True):
+            module = learner(next(case for case in ALL if case.name == name), optimizer)
+            with order_of_sending() as order:
+                fit(module, slice(None), strategy(plan, pipeline), world_size, epochs=2, validate=True)
+            tables = gathered(module.tables).state_dict()
+            found[name, pipeline] = module.losses, module.validated, tables, order
+    if rank == 0:
+        torch.save(found, Path(folder) / "pipelined.pt")
+
+
+@contextmanager
+def order_of_sending() -> Iterator[list[str]]:
+    """Notes when ids leave this process, and when tables are read; both happen inside torchrec."""
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (ShardedEmbeddingBagCollection, ShardedEmbeddingCollection):
+            for name in ("input_dist", "compute_and_output_dist"):
+                patch.setattr(kind, name, noting(seen, name, getattr(kind, name)))
+        yield seen
+
+
+def noting(seen: list[str], name: str, act: Any) -> Any:
+    def noted(*arguments: Any, **options: Any) -> Any:
+        seen.append(name)
+        return act(*arguments, **options)
+
+    return noted
 
 
 def resume_cases(rank: int, world_size: int, port: int, folder: str, plan: str, stop: bool) -> None:
