@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchrec
 from torch import Tensor, nn
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embtab.errors import UserError
+from embtab.planning import Plan
 from embtab.reader import Bundle
 from embtab.serving.stored import Stored
 from embtab.serving.tables import Group, Inputs, ServedTables, _cut, _weights
@@ -44,14 +47,12 @@ class NBitTable(nn.Module):
             bounds_check_mode=BoundsCheckMode.NONE,  # ids are checked before
         )
         self.kernel.initialize_weights()
-        scaled = stored.scales is not None
-        held, marks = self.kernel.split_embedding_weights(split_scale_shifts=scaled)[0]
-        plain = torch.from_numpy(np.ascontiguousarray(stored.rows)).view(torch.uint8)
+        held, marks = self.kernel.split_embedding_weights(split_scale_shifts=stored.scales is not None)[0]
+        plain, own = _split(stored)
         held.zero_()
         held[: len(plain), : plain.shape[1]] = plain
-        if scaled:
-            both = np.stack([stored.scales, stored.offsets], axis=1)  # type: ignore[list-item]
-            marks[: len(plain)] = torch.from_numpy(both).view(torch.uint8)
+        if own is not None:
+            marks[: len(plain)] = own
 
     def forward(self, rows: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """float32 [B, W]: (weighted) sums of rows over bags; [N, W], the rows, without offsets."""
@@ -142,3 +143,51 @@ class QuantisedCollection(nn.Module):
         if not self.is_sequence:
             return KeyedTensor(names, [self.tables.plan.dim] * len(names), torch.cat(list(found.values()), dim=1))
         return {name: JaggedTensor(found[f"vectors.{name}"], lengths=features[name].lengths()) for name in names}
+
+
+def torchrec_collection(bundle: Bundle | str | Path) -> torchrec.quant.EmbeddingBagCollection:
+    """Torchrec's own quantised collection, on a bundle's rows as they are stored.
+
+    It reads one row per id, so it is for bundles whose id spaces are all dense; others are `QuantisedCollection`'s.
+
+    Args:
+        bundle: an opened bundle, or its folder; features are summed or averaged over bags.
+
+    Raises:
+        UserError: when a space is not dense, a feature is not pooled, two of one space are pooled differently, or the
+            width is none that the kernels have.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    plan = Plan.from_dict(opened.plan)
+    configs, weights = [], {}
+    for space, encoding in plan.encodings.items():
+        features = [feature for feature in plan.features if feature.space == space]
+        precision, pooling = plan.tables[encoding.tables[0]].precision, features[0].pooling
+        if encoding.method != "dense":
+            raise UserError(f"{space!r} is {encoding.method}: torchrec's collection reads only dense tables")
+        if any(feature.pooling != pooling for feature in features) or pooling == "none":
+            raise UserError(f"{space!r}: torchrec's collection needs one pooling for a table, sum or mean")
+        if plan.dim % (8 if precision == "int4" else 4):
+            raise UserError(f"a width of {plan.dim} is none of the kernels' in {precision}; take QuantisedCollection")
+        table = EmbeddingBagConfig(
+            name=space,
+            num_embeddings=plan.tables[encoding.tables[0]].num_rows,
+            embedding_dim=plan.dim,
+            feature_names=[feature.name for feature in features],
+            pooling=PoolingType.MEAN if pooling == "mean" else PoolingType.SUM,
+            data_type=DataType[precision.upper()],
+        )
+        configs.append(table)
+        weights[space] = _split(Stored.of([opened.tables[encoding.tables[0]]]))
+    return torchrec.quant.EmbeddingBagCollection(
+        configs, is_weighted=False, device=torch.device("cpu"), table_name_to_quantized_weights=weights, row_alignment=1
+    )
+
+
+def _split(stored: Stored) -> tuple[Tensor, Tensor | None]:
+    """uint8 [R, bytes] of rows, and uint8 [R, 4] of their scales and offsets, as the kernels take them."""
+    plain = torch.from_numpy(np.ascontiguousarray(stored.rows)).view(torch.uint8)
+    if stored.scales is None:
+        return plain, None
+    both = np.stack([stored.scales, stored.offsets], axis=1)  # type: ignore[list-item]
+    return plain, torch.from_numpy(both).view(torch.uint8)

@@ -13,7 +13,7 @@ from embtab.errors import UserError
 from embtab.methods import PRECISIONS
 from embtab.reader import Bundle
 from embtab.serving import exported
-from embtab.serving.quantised import QuantisedCollection, QuantisedTables
+from embtab.serving.quantised import QuantisedCollection, QuantisedTables, torchrec_collection
 from embtab.serving.tables import ServedTables
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -68,6 +68,40 @@ def test_quantised_tables_take_keyed_jagged_tensors(tmp_path: Path) -> None:
             np.testing.assert_allclose(found[name], expected, atol=1e-5)
     with pytest.raises(UserError, match="'colour' is not in the batch"):
         module(KeyedJaggedTensor(["shop"], torch.tensor([1]), lengths=torch.tensor([1])))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_torchrecs_own_quantised_collection_has_the_readers_vectors(precision: str, tmp_path: Path) -> None:
+    features = [et.Feature("user", 300), et.Feature("item", 90, pooling="mean"), et.Feature("other", 300)]
+    tables = et.EmbeddingBagCollection(et.plan(features, dim=8), "torch", init_std=1.0)
+    et.save(tables, tmp_path / "b", precision=precision)
+    opened, module = Bundle(tmp_path / "b"), torchrec_collection(tmp_path / "b")
+    ids = {f.name: np.random.default_rng(0).integers(0, f.num_ids, 200) for f in features}
+    for sizes in ([1] * 200, [3, 0, 197]):
+        lengths = torch.tensor(sizes * 3, dtype=torch.int32)
+        kjt = KeyedJaggedTensor(list(ids), torch.from_numpy(np.concatenate(list(ids.values()))), lengths=lengths)
+        found = module(kjt).to_dict()
+        for name, each in ids.items():
+            expected = opened.lookup(name, each, np.cumsum([0, *sizes]))
+            np.testing.assert_allclose(found[name], expected, rtol=0, atol=0 if len(sizes) == 200 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("features", "method", "dim", "match"),
+    [
+        ([et.Feature("user", 900)], "hash", 8, "'user' is hash"),
+        ([et.Feature("seen", 9, pooling="none")], "dense", 8, "'seen': .* needs one pooling"),
+        ([et.Feature("a", 9, id_space="x"), et.Feature("b", 9, pooling="mean", id_space="x")], "dense", 8, "'x': "),
+        ([et.Feature("user", 9)], "dense", 6, "a width of 6 is none"),
+    ],
+)
+def test_what_torchrecs_collection_cannot_hold_is_refused(
+    features: list[et.Feature], method: str, dim: int, match: str, tmp_path: Path
+) -> None:
+    plan = et.plan(features, method, "0.5x" if method == "hash" else None, dim)
+    et.save(et.EmbeddingCollection(plan, "torch"), tmp_path / "b")
+    with pytest.raises(UserError, match=match):
+        torchrec_collection(tmp_path / "b")
 
 
 def test_histories_keep_a_vector_per_id(tmp_path: Path) -> None:
