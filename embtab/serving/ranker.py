@@ -26,6 +26,7 @@ from embtab.reader import Bundle
 from embtab.serving.tables import Inputs, ServedTables
 from embtab.training.checkpoint import described, load_tables, read_checkpoint
 from embtab.training.layout import Layout
+from embtab.training.trust import check_config
 
 
 class Ranker(nn.Module):
@@ -181,6 +182,7 @@ def load_trained(path: Path, config: Path | None = None) -> Trained:
 
 def _made(config: Path, sizes: list[int]) -> nn.Module:
     """The model that a configuration names, untrained."""
+    check_config(config)
     try:
         described = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["model"]
         module, _, name = described["class_path"].rpartition(".")

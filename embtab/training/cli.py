@@ -28,6 +28,7 @@ from embtab.training.data import DataModule
 from embtab.training.progress import Progress
 from embtab.training.sequence_task import FitSequenceTask
 from embtab.training.task import FitTask
+from embtab.training.trust import check_config
 
 TASKS = {"features": FitTask, "sequences": FitSequenceTask}
 _COMMANDS = ("fit", "validate", "test", "predict")
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
         UserError: with one line that says which setting, option or file is wrong.
     """
     _quieten()
+    for file in _configs(argv):
+        check_config(file)
     try:
         FitCLI(list(argv))
     except UserError:
@@ -176,14 +179,23 @@ class FitCLI(LightningCLI):
 def _task_of(argv: Sequence[str]) -> str:
     """The `task` that the options and configuration files name; the parser needs to know before it can read them."""
     found = "features"
-    for i, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        value = value if equals else "".join(argv[i + 1 : i + 2])
+    for option, value in _options(argv):
         if option == "--task":
             found = value
         elif option in ("--config", "-c"):
             found = _named_task(Path(value)) or found
     return found
+
+
+def _configs(argv: Sequence[str]) -> list[Path]:
+    """The configuration files that are given, of the whole run or of one of its parts (`--trainer FILE`)."""
+    return [path for _, value in _options(argv) if (path := Path(value)).suffix in (".yaml", ".yml", ".json")]
+
+
+def _options(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Each option with its value, whether they are one word or two; other words with what follows them."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    return [(word.partition("=")[0], word.partition("=")[2] if "=" in word else after) for word, after in pairs]
 
 
 def _named_task(path: Path) -> str | None:
