@@ -1,7 +1,7 @@
 """Trains AutoInt on synthetic data by however many processes: torchrun --nproc-per-node 2 docs/sharded_run.py
 
 Make the data first: embtab prepare synthetic --out data/demo --rows 200000 --scale 0.002 --if-absent
-A second argument names a checkpoint to go on from.
+A second argument names how tables are spread, such as row_wise; a third, a checkpoint to go on from.
 """
 
 import os
@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import embtab as et
 from embtab.models import AutoInt
 
-data = et.DataModule(sys.argv[1] if len(sys.argv) > 1 else "data/demo", batch_size=1024)
+folder, sharding, checkpoint = [*sys.argv[1:], *["data/demo", "auto", None][len(sys.argv) - 1 :]]
+data = et.DataModule(folder, batch_size=1024)
 L.seed_everything(0)
 plan = et.plan(data.features, method="qr", budget="0.2x", dim=16)
 tables = et.EmbeddingBagCollection(plan, optimizer=et.Optimizer("rowwise_adagrad", lr=0.05))
@@ -25,13 +26,13 @@ trainer = L.Trainer(
     accelerator="gpu" if on_gpu else "cpu",
     devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
-    strategy=et.TorchRecStrategy(plan="auto", timeout=timedelta(minutes=2)),
+    strategy=et.TorchRecStrategy(sharding, timeout=timedelta(minutes=2)),
     max_epochs=1,
     num_sanity_val_steps=0,
     logger=False,
     enable_model_summary=False,
     callbacks=[ModelCheckpoint("checkpoints", filename="last", every_n_train_steps=20, enable_version_counter=False)],
 )
-trainer.fit(task, data, ckpt_path=sys.argv[2] if len(sys.argv) > 2 else None, weights_only=True)
+trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
 if trainer.is_global_zero:
     print({name: round(float(value), 4) for name, value in trainer.callback_metrics.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def _search(arguments: argparse.Namespace) -> None:
     from embtab.compare.sweep import read_sweep
     from embtab.learned.grid import search
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("embtab search trains in one process: start it without torchrun")
     try:
         seeds = None if arguments.seeds is None else [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:

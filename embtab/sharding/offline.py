@@ -35,5 +35,8 @@ def describe_shards(
     found = placed(tables, made, chosen, devices, trained_by)
     fullest = max(sum(sizes) for sizes in zip(*(one.bytes_on for one in found), strict=True)) if found else 0
     if fullest > limit:
-        raise UserError(f"the fullest device would hold {fullest} bytes of {limit}; use more devices or row_wise")
+        raise UserError(
+            f"the fullest device would hold {fullest} bytes of {limit}; use more devices, a smaller budget, or "
+            "--sharding row_wise, which also spreads the small tables that every device would have"
+        )
     return describe(found, limit)

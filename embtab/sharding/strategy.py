@@ -228,8 +228,13 @@ def shard(collection: Collection, asked: str | Mapping[str, str], device: torch.
         device: of this process.
 
     Raises:
-        UserError: for another backend, or a plan that cannot be.
+        UserError: for another backend, a collection that learns its shape, or a plan that cannot be.
     """
+    if type(collection) not in (EmbeddingBagCollection, EmbeddingCollection):
+        raise UserError(
+            f"a {type(collection).__name__} is trained by one process: what it learns belongs to rows of whole tables; "
+            "search with embtab search, and train the method that comes out (pruned, sparse) by any number of processes"
+        )
     if not isinstance(collection.lookup, FbgemmLookup | Unmade):
         raise UserError(
             "tables of the torch backend are trained by the outer optimizer, which sharded tables cannot be; use "

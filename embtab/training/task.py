@@ -156,7 +156,8 @@ class RankingTask(L.LightningModule):
         logits, labels = (np.concatenate([rows[i] for rows in seen]) for i in (0, 1))
         users = [rows[2] for rows in seen if rows[2] is not None]
         found = metrics.evaluate(labels, logits, np.concatenate(users) if users else None)
-        self.log_dict({f"{stage}/{name}": value for name, value in found.items()})
+        # The same on every process already: `sync_dist` only keeps Lightning from advising it.
+        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
 
 
 class FitTask(RankingTask):

@@ -8,13 +8,16 @@ import torch
 import torch.distributed as dist
 
 import embtab as et
+from embtab.cli import main
 from embtab.errors import UserError
+from embtab.learned.supernet import Gate, Supernet
 from embtab.lookup import Optimizer
 from embtab.methods import Table
 from embtab.sharding import checkpoint as folders
 from embtab.sharding.cost import sizes_traffic, slot_traffic
 from embtab.sharding.offline import describe_shards
 from embtab.sharding.placement import kinds, sharders
+from embtab.sharding.strategy import shard
 from embtab.training.checkpoint import read_checkpoint
 
 OPTIMIZERS = ["adagrad", "rowwise_adagrad"]
@@ -168,3 +171,14 @@ def test_a_plan_for_devices_that_are_not_there():
     assert sum(line.startswith("device ") for line in shown.splitlines()) == 4
     with pytest.raises(UserError, match="do not fit 1 devices"):
         describe_shards(et.plan(features, "dense", dim=32), 1, "4GB")
+
+
+def test_searching_for_a_shape_is_one_process_work(tmp_path, monkeypatch, capsys):
+    supernet = Supernet([et.Feature("item", 1000)], 8, Gate())
+    with pytest.raises(UserError, match=r"a Supernet is trained by one process: .* embtab search"):
+        shard(supernet, "auto", torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        main(["search", "--config", "absent.yaml", "--out", str(tmp_path / "out")])
+    assert "one process: start it without torchrun" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -34,7 +34,7 @@ def child_of(process: subprocess.Popen) -> int:
 
 def test_a_killed_process_stops_the_run_which_goes_on_from_its_checkpoint(tmp_path):
     synthetic.prepare(tmp_path / "data", rows=150_000, scale=0.002)
-    run = start(tmp_path)
+    run = start(tmp_path, "row_wise")
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 300
     while not (checkpoint / "meta.pt").exists():
@@ -45,7 +45,7 @@ def test_a_killed_process_stops_the_run_which_goes_on_from_its_checkpoint(tmp_pa
     said, _ = run.communicate(timeout=130)
     assert run.returncode != 0
     assert "another process of the run died or hangs. Start all processes again with ckpt_path" in said
-    resumed = start(tmp_path, str(checkpoint))
+    resumed = start(tmp_path, "table_wise", str(checkpoint))
     said, _ = resumed.communicate(timeout=400)
     assert resumed.returncode == 0, said
     assert "'val/auc'" in said
