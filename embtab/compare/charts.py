@@ -16,7 +16,12 @@ Spec = dict[str, Any]
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 PART_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#999999")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
-DASHES: dict[str, list[int]] = {"Bayes": [1, 0], "dense, fp32": [8, 3], "dense, int8": [2, 3], "Pareto front": [12, 2]}
+DASHES: dict[str, list[int]] = {
+    "Bayes": [9, 3, 2, 3],
+    "dense, fp32": [7, 3],
+    "dense, int8": [2, 3],
+    "Pareto front": [1, 0],
+}
 _BYTES = "format(datum.value, '~s') + 'B'"
 
 
@@ -46,7 +51,8 @@ def against_bytes(
     scale = alt.Scale(type="log", nice=False, padding=12) if log else alt.Scale(zero=False, nice=not domain)
     if domain:
         scale.domain = list(domain)
-    x = alt.X("nbytes:Q", scale=alt.Scale(type="log", nice=False, padding=24), axis=_byte_axis(), title="serving bytes")
+    axis = _byte_axis([record["nbytes"] for record in (*points, *front)])
+    x = alt.X("nbytes:Q", scale=alt.Scale(type="log", nice=False, padding=24), axis=axis, title="serving bytes")
     y_at = {name: alt.Y(f"{name}:Q", scale=scale, title=title) for name in (y, "low")}
     layers: list[Any] = []
     data = _Data()
@@ -57,7 +63,7 @@ def against_bytes(
         rules = alt.Chart(data.of(references)).mark_rule(color="#666666").encode(y="value:Q", strokeDash=dash)
         layers.append(rules.encode(tooltip=[alt.Tooltip("line:N"), alt.Tooltip("value:Q", format=".5f")]))
     if front:
-        stairs = alt.Chart(data.of(front)).mark_line(interpolate="step-after", color="#666666", strokeWidth=1)
+        stairs = alt.Chart(data.of(front)).mark_line(interpolate="step-after", color="#999999", strokeWidth=1.5)
         layers.append(stairs.encode(x=x, y=y_at[y], strokeDash=dash))
     shown = {point["method"] for point in points}
     colour, shape = _method_colour(methods, shown), _method_shape(methods, shown)
@@ -68,7 +74,7 @@ def against_bytes(
         if known:
             bars = alt.Chart(data.of(known)).mark_rule(strokeWidth=1.5, strokeOpacity=0.7, xOffset=offset)
             layers.append(bars.encode(x=x, y=y_at["low"], y2="high:Q", color=colour))
-        marks = base.mark_point(filled=True, size=70, xOffset=offset)
+        marks = base.mark_point(filled=True, size=70, opacity=1, xOffset=offset)
         layers.append(marks.encode(shape=shape, tooltip=_tooltip(points)))
     return _finished(alt.layer(*layers), data)
 
@@ -144,8 +150,24 @@ def _tooltip(records: Sequence[Record]) -> list[alt.Tooltip]:
     return shown
 
 
-def _byte_axis() -> alt.Axis:
-    return alt.Axis(labelExpr=_BYTES, labelOverlap="greedy", labelFlush=15)
+def _byte_axis(sizes: Sequence[int]) -> alt.Axis:
+    return alt.Axis(
+        values=ticks(min(sizes), max(sizes)) or alt.Undefined,
+        labelExpr=_BYTES,
+        labelOverlap="greedy",
+        labelSeparation=8,
+        labelFlush=15,
+    )
+
+
+def ticks(low: int, high: int) -> list[int]:
+    """Round numbers from low to high for a logarithmic axis: 1, 2, 5, 10, ...; where those are few, all in between."""
+    decades = range(len(str(high)))
+    for digits in ((1, 2, 5), range(1, 10)):
+        found = [digit * 10**decade for decade in decades for digit in digits if low <= digit * 10**decade <= high]
+        if len(found) > 2:
+            break
+    return found
 
 
 def _method_colour(methods: Sequence[str], shown: Collection[str]) -> alt.Color:
@@ -171,8 +193,8 @@ def _gradient() -> alt.Legend:
 def _finished(chart: Any, data: _Data, width: Any = "container", height: Any = 320) -> Spec:
     """The specification, as wide as the page lets it be, or of so many pixels a column."""
     chart = chart.properties(width=width, height=height).configure(font="sans-serif").configure_view(stroke=None)
-    chart = chart.configure_axis(gridColor="#e5e5e5", labelLimit=200).configure_legend(
-        orient="bottom", columns=5, labelLimit=160, symbolLimit=60, symbolOpacity=1
+    chart = chart.configure_axis(gridColor="#e5e5e5", labelLimit=200, labelFontSize=11).configure_legend(
+        orient="bottom", columns=5, labelLimit=160, labelFontSize=11, symbolLimit=60, symbolOpacity=1
     )
     spec = dict(chart.to_dict(validate=False)) | {"datasets": data.sets}
     spec["config"]["legend"]["layout"] = {"bottom": {"direction": "vertical"}}  # Altair does not know it

@@ -46,8 +46,9 @@ class Report:
     """All that the page shows."""
 
     title: str
-    about: Sequence[str]
+    about: str
     sections: Sequence[Section]
+    made: Sequence[str]
     method: Sequence[str]
 
 
@@ -69,7 +70,8 @@ def make_report(sweep: Sweep, dataset: Dataset, rows: Sequence[Row]) -> Report:
         prefix = f"{i}-" if len(by_model) > 1 else ""
         sections.append(_section(title, prefix, summarise(own, budgets, bayes)))
     title = f"{dataset.name}: embedding tables at equal bytes"
-    return Report(title, _about(sweep, dataset, rows, list(by_model)), sections, _method(dataset))
+    made = _made(sweep, rows, list(by_model))
+    return Report(title, _about(dataset, sweep.dim, rows), sections, made, _method(dataset))
 
 
 def html(report: Report) -> str:
@@ -163,26 +165,30 @@ def _why(row: Row) -> str:
     return f"{name}: failed: {row['error']}"
 
 
-def _about(sweep: Sweep, dataset: Dataset, rows: Sequence[Row], models: Sequence[str]) -> list[str]:
+def _about(dataset: Dataset, dim: int, rows: Sequence[Row]) -> str:
     splits = ", ".join(f"{dataset.rows(split):,} {split}" for split in ("train", "valid", "test"))
-    settings = {name: value for name, value in sweep.training.items() if name != "model"}
-    versions: dict[str, str] = next((row["versions"] for row in rows if row["versions"]), {})
     dense = next((row["dense_nbytes"] for row in rows if row["dense_nbytes"]), None)
-    lines = [
+    said = (
         f"{splits} rows of {dataset.name} (fingerprint {dataset.fingerprint}); {len(dataset.features)} features of "
-        f"{sum(feature.num_ids for feature in dataset.features):,} ids, dim {sweep.dim}"
-        f"{'; dense tables take ' + format_bytes(dense) if dense else ''}.",
-        f"Ranker: {'; '.join(models)}. Seeds {', '.join(map(str, sweep.seeds))}. "
-        + ", ".join(f"{name} {value}" for name, value in settings.items())
-        + ".",
-        "Made with " + ", ".join(f"{name} {number}" for name, number in sorted(versions.items())) + ".",
-    ]
+        f"{sum(feature.num_ids for feature in dataset.features):,} ids, dim {dim}"
+        f"{'; dense tables take ' + format_bytes(dense) if dense else ''}."
+    )
     if dataset.bayes:
-        lines.append(
-            f"The data is generated: the best any ranker can do on this test split is known, AUC "
+        said += (
+            f" The data is generated: the best any ranker can do on this test split is known, AUC "
             f"{dataset.bayes['auc']:.4f} and log loss {dataset.bayes['logloss']:.4f} (Bayes)."
         )
-    return lines
+    return said
+
+
+def _made(sweep: Sweep, rows: Sequence[Row], models: Sequence[str]) -> list[str]:
+    settings = ", ".join(f"{name} {value}" for name, value in sweep.training.items() if name != "model")
+    versions: dict[str, str] = next((row["versions"] for row in rows if row["versions"]), {})
+    return [
+        f"Ranker: {'; '.join(models)}.",
+        f"Seeds {', '.join(map(str, sweep.seeds))}; {settings}.",
+        f"With {', '.join(f'{name} {number}' for name, number in sorted(versions.items()))}.",
+    ]
 
 
 def _method(dataset: Dataset) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from compare.results_made_up import BUDGETS, DATASET, SWEEP, made_up_rows
 
+from embtab.compare.charts import ticks
 from embtab.compare.report import html, make_report, markdown, write_report
 from embtab.compare.results import read_results, write_results
 from embtab.compare.statistics import mean_interval
@@ -148,6 +149,19 @@ def test_alone_with_dense_it_has_the_panels_of_dense() -> None:
     assert {("auto", "mixed"), ("dense", "fp32")} <= {
         (r["method"], r["precision"]) for r in records_of(page, "auc-fp32") if "method" in r
     }
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (17_000, 853_000, [20_000, 50_000, 100_000, 200_000, 500_000]),
+        (34_000, 102_000, [40_000, 50_000, 60_000, 70_000, 80_000, 90_000, 100_000]),
+        (1, 10, [1, 2, 5, 10]),
+        (11, 12, []),
+    ],
+)
+def test_ticks_are_round_numbers_within_the_axis(low: int, high: int, expected: list[int]) -> None:
+    assert ticks(low, high) == expected
 
 
 def test_the_front_is_what_nothing_smaller_surpasses() -> None:
