@@ -43,6 +43,30 @@ def test_bags_and_weights_are_the_readers_in_every_precision(case: Case, tmp_pat
             assert largest(exported.eager(module)(given), expected) < 1e-6
 
 
+@pytest.mark.slow
+@every_case
+def test_every_backend_gives_the_readers_vectors_on_1e5_ids(case: Case, tmp_path: Path) -> None:
+    """Torch and fbgemm as they train, and the modules that serve; bags, weights and extreme ids."""
+    opened = bundle(case, tmp_path / "b")
+    served = [ServedTables(opened, weighted=True), QuantisedTables(opened, weighted=True)]
+    given = exported.made_inputs(served[0], 40_000, np.random.default_rng(2))  # 2.5 ids a bag
+    expected = exported.outputs_of(served[0], opened, given)
+    for module in served:
+        assert largest(exported.eager(module)(given), expected) < 1e-6
+    each = {what: [given[f"{what}.{feature.name}"] for feature in FEATURES] for what in ("ids", "offsets", "weights")}
+    kjt = KeyedJaggedTensor(
+        [feature.name for feature in FEATURES],
+        torch.from_numpy(np.concatenate(each["ids"])),
+        lengths=torch.from_numpy(np.concatenate([np.diff(offsets) for offsets in each["offsets"]])),
+        weights=torch.from_numpy(np.concatenate(each["weights"])),
+    )
+    for backend in ("torch", "fbgemm"):
+        found = et.load(tmp_path / "b", backend).eval()(kjt).to_dict()
+        assert (
+            largest({f"vectors.{name}": vectors.detach().numpy() for name, vectors in found.items()}, expected) < 1e-6
+        )
+
+
 @every_case
 def test_quantised_rows_are_not_quantised_again(case: Case, tmp_path: Path) -> None:
     """Bit for bit where vectors are rows side by side; combined ones differ by the order of sums at most."""
