@@ -2,8 +2,9 @@
 
 One epoch has one global order of rows, whoever reads it: row groups (permuted where shuffled) are taken a few at a time
 as *windows*, and each window's rows are permuted. Each batch of all ranks together is the next range of that order, and
-each rank has its piece of it (see `dealing`), so N ranks see what one process with N times the batch size sees. Every
-rank decodes every window, and keeps its own rows of it; DataLoader workers share a rank's windows.
+each rank has its piece of it (see `dealing`), so N ranks see what one process with N times the batch size sees. A
+rank decodes the windows that hold rows of it, and keeps these: all of an epoch's while a batch of all ranks is shorter
+than a window, else one or two for each of its batches. DataLoader workers share a rank's windows.
 What is left of an epoch is ranges of that order: any number of ranks, workers and rows a batch can go on with them.
 """
 

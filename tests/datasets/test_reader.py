@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from embtab.datasets.parquet import read_columns
 from embtab.datasets.reader import Batch, ParquetBatches
 from embtab.datasets.schema import Categorical, Dataset, describe_files, open_writer
 from embtab.errors import DataError, UserError
@@ -374,3 +375,22 @@ def test_bad_requests(folder):
         ParquetBatches(folder, "train", 340, drop_last=True)
     with pytest.raises(UserError, match=r"rank must lie in \[0, 2\), got 2"):
         ParquetBatches(folder, "train", 4, rank=2, world_size=2)
+
+
+def test_many_ranks_decode_no_more_than_a_window_for_each_of_their_batches(tmp_path, monkeypatch):
+    """Where a batch of all ranks is longer than a window, none of them decodes all of it."""
+    folder = write(tmp_path / "data", [[20] * 80])  # 20 windows of 80 rows; a batch of 16 ranks is 4 of them
+    decoded, read = [], []
+
+    def noted(group, columns):
+        decoded.append(group.index)
+        return read_columns(group, columns)
+
+    monkeypatch.setattr("embtab.datasets.reader.read_columns", noted)
+    for rank in range(16):
+        decoded.clear()
+        dataset = ParquetBatches(folder, "train", 20, shuffle=True, rank=rank, world_size=16)
+        read += flat(dataset)
+        assert len(dataset) == 5
+        assert len(decoded) == len(set(decoded)) == 4 * 5, "4 row groups for each batch"
+    assert sorted(read) == list(range(1600))
