@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from embtab.errors import UserError
-from embtab.sharding.processes import first_says
+from embtab.sharding.processes import first_says, size_of
 
 _META = "meta.pt"
 
@@ -113,10 +113,10 @@ def load(folder: Path, state: Mapping[str, Any], optional: Callable[[str], bool]
             if optional(name):
                 continue
             raise UserError(f"{folder}: has no {name!r}; it was made with another model or plan")
-        if list(saved[name].size) != list(target.size()):
+        was, now = list(saved[name].size), size_of(target)
+        if was != now:
             raise UserError(
-                f"{folder}: {name!r} has shape {tuple(saved[name].size)} and here {tuple(target.size())}; it was made "
-                "with another plan or optimizer"
+                f"{folder}: {name!r} has shape {was} and here {now}; it was made with another plan or optimizer"
             )
         wanted[name] = target
     with warnings.catch_warnings():

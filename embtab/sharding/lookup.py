@@ -12,18 +12,16 @@ would lose their optimizer, and sums bags that it should not on a CPU.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from embtab.drawing import BLOCK, Draw
 from embtab.errors import UserError
@@ -31,52 +29,11 @@ from embtab.lookup import Lookup, Optimizer, Request, padded
 from embtab.methods import Encoding, Table
 from embtab.sharding.adaptive import everyones, reorganise
 from embtab.sharding.batches import Questions, slots_of
+from embtab.sharding.modules import torchrec_modules
 from embtab.sharding.pipeline import Sender, Sent
 from embtab.sharding.placement import Kinds, codes, sharders, sharding_plan
-from embtab.sharding.processes import first_says, whole
+from embtab.sharding.processes import first_says, size_of, whole
 from embtab.sharding.replicas import Replicas
-
-
-def torchrec_modules(
-    tables: Sequence[Table], kinds: Kinds, bags: Mapping[str, str], ids: Mapping[str, str]
-) -> nn.ModuleDict:
-    """The torchrec collections that answer some slots, without memory (on the meta device).
-
-    Args:
-        tables: the physical tables.
-        kinds: those that every process holds in full are left out.
-        bags: the table of every slot that is summed over bags.
-        ids: the table of every slot that is read id by id.
-    """
-    moved = {name: table for name, table in bags.items() if kinds[table] == "row_wise_ids"}
-    bags, ids = {name: table for name, table in bags.items() if name not in moved}, {**ids, **moved}
-    both = set(bags.values()) & set(ids.values())
-    if both:
-        raise UserError(f"table {min(both)!r} is read both by bag and by id; spread it by row_wise_ids")
-    spread = {code: table for table, code in zip(tables, codes(tables).values(), strict=True)
-              if kinds[table.name] != "data_parallel"}  # fmt: skip
-    meta = torch.device("meta")
-    modules: dict[str, nn.Module] = {}
-    pooled = list(_configs(EmbeddingBagConfig, spread, bags))
-    if pooled:
-        modules["bags"] = EmbeddingBagCollection(tables=pooled, device=meta)
-    single = list(_configs(EmbeddingConfig, spread, ids))
-    for width in dict.fromkeys(config.embedding_dim for config in single):
-        same = [config for config in single if config.embedding_dim == width]
-        modules[f"ids{width}"] = EmbeddingCollection(tables=same, device=meta)
-    return nn.ModuleDict(modules)
-
-
-def _configs(kind: type, tables: Mapping[str, Table], slots: Mapping[str, str]) -> Iterator[Any]:
-    for code, table in tables.items():
-        names = [name for name, read in slots.items() if read == table.name]
-        if names:
-            yield kind(
-                name=code,
-                num_embeddings=table.num_rows,
-                embedding_dim=padded(table.width),
-                feature_names=names,
-            )
 
 
 class ShardedLookup(Lookup):
@@ -249,7 +206,7 @@ class ShardedLookup(Lookup):
             return True
         whole = list(saved.shape)
         padding = [*whole[:1], *(padded(width) for width in whole[1:])]
-        if list(target.size()) != padding:
+        if size_of(target) != padding:
             return False
         for shard in target.local_shards():
             starts = shard.metadata.shard_offsets

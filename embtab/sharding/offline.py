@@ -5,7 +5,7 @@ from __future__ import annotations
 from embtab.errors import UserError
 from embtab.lookup import Optimizer
 from embtab.planning import Plan
-from embtab.sharding.lookup import torchrec_modules
+from embtab.sharding.modules import torchrec_modules
 from embtab.sharding.placement import describe, kinds, placed, sharding_plan
 from embtab.sharding.strategy import slots
 from embtab.sizes import parse_bytes

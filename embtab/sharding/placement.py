@@ -123,7 +123,7 @@ def sharding_plan(
     """Torchrec's plan for its collections; a pure function of its arguments, so every process may compute it.
 
     Args:
-        modules: from `lookup.torchrec_modules`.
+        modules: from `modules.torchrec_modules`.
         tables: the physical tables.
         kinds: from `kinds`.
         world_size: number of processes, each with one device.

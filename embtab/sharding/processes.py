@@ -33,6 +33,11 @@ def first_says(compute: Callable[[], T]) -> T:
     return result
 
 
+def size_of(value: Any) -> list[int]:
+    """Of a tensor in one piece, or one that is spread (whose own `size()` warns that torch will drop its class)."""
+    return list(value.metadata().size if hasattr(value, "local_shards") else value.shape)
+
+
 @torch.no_grad()
 def whole(value: Any, size: Sequence[int]) -> Tensor:
     """A tensor of this size that is spread over processes (None where this one has no part), in full on every one."""

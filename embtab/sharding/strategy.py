@@ -55,7 +55,7 @@ class TorchRecStrategy(DDPStrategy):
     strategy_name = "torchrec"
 
     def __init__(self, plan: str | dict[str, str] = "auto", pipeline: bool = False, **options: Any) -> None:
-        super().__init__(**{"broadcast_buffers": False, **options})  # the buffers are constants
+        super().__init__(**{"forward_sync_buffers": False, **options})  # the buffers are constants
         self.plan, self.pipeline = plan, pipeline
         self._ahead: LookAhead | None = None
         self._source: Path | None = None
