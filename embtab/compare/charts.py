@@ -6,6 +6,7 @@ shape of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ def against_bytes(
         scale.domain = list(domain)
     axis = _byte_axis([record["nbytes"] for record in (*points, *front)])
     x = alt.X("nbytes:Q", scale=alt.Scale(type="log", nice=False, padding=24), axis=axis, title="serving bytes")
-    y_at = {name: alt.Y(f"{name}:Q", scale=scale, title=title) for name in (y, "low")}
+    across = alt.Axis(values=_ticks([point[y] for point in points]) if log else alt.Undefined)
+    y_at = {name: alt.Y(f"{name}:Q", scale=scale, axis=across, title=title) for name in (y, "low")}
     layers: list[Any] = []
     data = _Data()
     lines = [line["line"] for line in (*references, *front[:1])]
@@ -152,7 +154,7 @@ def _tooltip(records: Sequence[Record]) -> list[alt.Tooltip]:
 
 def _byte_axis(sizes: Sequence[int]) -> alt.Axis:
     return alt.Axis(
-        values=ticks(min(sizes), max(sizes)) or alt.Undefined,
+        values=_ticks(sizes),
         labelExpr=_BYTES,
         labelOverlap="greedy",
         labelSeparation=8,
@@ -160,11 +162,17 @@ def _byte_axis(sizes: Sequence[int]) -> alt.Axis:
     )
 
 
-def ticks(low: int, high: int) -> list[int]:
+def _ticks(values: Sequence[float]) -> Any:
+    found = ticks(min(values), max(values))
+    return found if len(found) > 1 else alt.Undefined
+
+
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers from low to high for a logarithmic axis: 1, 2, 5, 10, ...; where those are few, all in between."""
-    decades = range(len(str(high)))
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 5), range(1, 10)):
-        found = [digit * 10**decade for decade in decades for digit in digits if low <= digit * 10**decade <= high]
+        every = (float(f"{digit}e{decade}") for decade in decades for digit in digits)
+        found = [value for value in every if low <= value <= high]
         if len(found) > 2:
             break
     return found

@@ -144,7 +144,7 @@ def kind_of(part: str) -> str:
     """What a part is, whosever it is: "C10@core2" and "C3@core1" are "core", "C1" is "rows"."""
     if part.startswith("@"):
         _, _, own = part[1:].partition("@")
-        return own or "rows shared by features"
+        return own or "shared rows"
     for mark in ("@", "."):
         _, found, own = part.rpartition(mark)
         if found:

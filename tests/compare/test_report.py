@@ -157,10 +157,11 @@ def test_alone_with_dense_it_has_the_panels_of_dense() -> None:
         (17_000, 853_000, [20_000, 50_000, 100_000, 200_000, 500_000]),
         (34_000, 102_000, [40_000, 50_000, 60_000, 70_000, 80_000, 90_000, 100_000]),
         (1, 10, [1, 2, 5, 10]),
+        (0.2, 0.35, [0.2, 0.3]),
         (11, 12, []),
     ],
 )
-def test_ticks_are_round_numbers_within_the_axis(low: int, high: int, expected: list[int]) -> None:
+def test_ticks_are_round_numbers_within_the_axis(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == expected
 
 
