@@ -24,7 +24,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     sharded = parser.add_argument_group("for machines one does not have")
     sharded.add_argument("--shards", type=int, metavar="N", help="also show how N devices would hold the tables")
     sharded.add_argument("--hbm", default="80GB", help="memory of a device (default %(default)s)")
-    sharded.add_argument("--sharding", default="auto", help="auto, table_wise, row_wise, column_wise or data_parallel")
+    sharded.add_argument(
+        "--sharding", default="auto", help="auto, table_wise, row_wise(_ids), column_wise or data_parallel"
+    )
     sharded.add_argument(
         "--table-optimizer", default="rowwise_adagrad", help="sgd, adagrad or rowwise_adagrad (default %(default)s)"
     )

@@ -51,7 +51,8 @@ def kinds(tables: Sequence[Table], asked: str | Mapping[str, str], optimizer: Op
         if name != "*" and name not in names:
             raise UserError(f"sharding plan: no table {name!r}; there are {', '.join(names)}")
         if kind not in (*KINDS, "auto"):
-            raise UserError(f"sharding plan of table {name!r}: {kind!r} is none of auto, {', '.join(KINDS)}")
+            what = "sharding plan" if name == "*" else f"sharding plan of table {name!r}"
+            raise UserError(f"{what}: {kind!r} is none of auto, {', '.join(KINDS)}")
         if kind == "column_wise" and optimizer.name == "rowwise_adagrad":
             raise UserError(
                 f"sharding plan of table {name!r}: column_wise cuts rows, and rowwise_adagrad averages over whole "

@@ -132,6 +132,8 @@ class TorchRecStrategy(DDPStrategy):
         """Everything but the tensors of a folder; or the content of a file that a single process wrote."""
         path = folders.found(checkpoint_path)
         self._source = None
+        if not path.exists():
+            raise UserError(f"{path}: no such checkpoint; many hosts need it on a file system that they share")
         if path.is_file():
             whole_file: dict[str, Any] = super().load_checkpoint(path, weights_only)
             return whole_file

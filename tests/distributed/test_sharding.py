@@ -151,7 +151,7 @@ def test_small_tables_are_replicated_and_names_are_checked():
     assert kinds(tables, {"small": "row_wise"}, Optimizer()) == {"small": "row_wise", "large": "auto"}
     with pytest.raises(UserError, match="no table 'medium'; there are small, large"):
         kinds(tables, {"medium": "row_wise"}, Optimizer())
-    with pytest.raises(UserError, match="'rowwise' is none of auto, table_wise"):
+    with pytest.raises(UserError, match="sharding plan: 'rowwise' is none of auto, table_wise"):
         kinds(tables, "rowwise", Optimizer())
 
 
@@ -182,3 +182,8 @@ def test_searching_for_a_shape_is_one_process_work(tmp_path, monkeypatch, capsys
         main(["search", "--config", "absent.yaml", "--out", str(tmp_path / "out")])
     assert "one process: start it without torchrun" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_absent_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.ckpt: no such checkpoint"):
+        et.TorchRecStrategy().load_checkpoint(tmp_path / "absent.ckpt")
