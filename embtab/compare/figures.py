@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from embtab.compare import charts
 from embtab.compare.charts import Record
@@ -117,7 +117,8 @@ def _parts(summary: Summary) -> Figure:
     for point in summary.points:
         kinds = by_point.setdefault(point, {})
         for part, nbytes in point.largest["bytes_by_part"].items():
-            kinds[kind_of(part)] = kinds.get(kind_of(part), 0) + nbytes
+            kind = kind_of(part, summary.spaces)
+            kinds[kind] = kinds.get(kind, 0) + nbytes
         for kind, nbytes in kinds.items():
             totals[kind] = totals.get(kind, 0) + nbytes
     kept = sorted(totals, key=lambda kind: (-totals[kind], kind))
@@ -140,16 +141,18 @@ def _parts(summary: Summary) -> Figure:
     return Figure("parts", "Bytes by part", text, tuple(panels), table)
 
 
-def kind_of(part: str) -> str:
-    """What a part is, whosever it is: "C10@core2" and "C3@core1" are "core", "C1" is "rows"."""
-    if part.startswith("@"):
-        _, _, own = part[1:].partition("@")
-        return own or "shared rows"
-    for mark in ("@", "."):
-        _, found, own = part.rpartition(mark)
-        if found:
-            return own.rstrip("0123456789")
-    return "rows"
+def kind_of(part: str, spaces: Collection[str]) -> str:
+    """What a part is, whosever it is: "C10@core2" and "C3@core1" are "core", "C1" is "rows".
+
+    Args:
+        part: as `Plan.bytes_by_part` names it: an id space; one and "@" or "." and more; or "@" first, of several.
+        spaces: all id spaces, whose names may hold anything.
+    """
+    owners = [space for space in spaces if part == space or part.startswith((f"{space}@", f"{space}."))]
+    if owners:
+        return part[len(max(owners, key=len)) + 1 :].rstrip("0123456789") or "rows"
+    _, _, own = part[1:].partition("@")
+    return own.partition(".")[0] or "shared rows"
 
 
 def _merged(kinds: dict[str, int], kept: Sequence[str]) -> dict[str, int]:

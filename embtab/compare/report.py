@@ -65,10 +65,11 @@ def make_report(sweep: Sweep, dataset: Dataset, rows: Sequence[Row]) -> Report:
         by_model.setdefault(label(dict(sorted(row["training"]["model"].items()))), []).append(row)
     budgets = [str(budget) for budget in sweep.budgets]
     bayes = dataset.bayes["auc"] if dataset.bayes else None
+    spaces = [feature.id_space or feature.name for feature in dataset.features]
     sections = []
     for i, (title, own) in enumerate(by_model.items()):
         prefix = f"{i}-" if len(by_model) > 1 else ""
-        sections.append(_section(title, prefix, summarise(own, budgets, bayes)))
+        sections.append(_section(title, prefix, summarise(own, budgets, bayes, spaces)))
     title = f"{dataset.name}: embedding tables at equal bytes"
     made = _made(sweep, rows, list(by_model))
     return Report(title, _about(dataset, sweep.dim, rows), sections, made, _method(dataset))

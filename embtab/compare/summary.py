@@ -115,6 +115,7 @@ class Summary:
         undone: the rows without a result: infeasible or failed.
         budgets: bytes of each budget, in the order listed.
         bayes: AUC of the best possible ranker, where it is known.
+        spaces: names of the id spaces.
     """
 
     points: tuple[Point, ...]
@@ -122,6 +123,7 @@ class Summary:
     undone: tuple[Row, ...] = ()
     budgets: Mapping[str, int] | None = None
     bayes: float | None = None
+    spaces: tuple[str, ...] = ()
 
     def dense(self, precision: str = "fp32") -> Point | None:
         """The dense tables in a precision."""
@@ -157,13 +159,16 @@ class Summary:
         return next((p for p in self.points if (p.method, p.precision, p.budget) == wanted), None)
 
 
-def summarise(rows: Sequence[Row], budgets: Sequence[str], bayes: float | None = None) -> Summary:
+def summarise(
+    rows: Sequence[Row], budgets: Sequence[str], bayes: float | None = None, spaces: Sequence[str] = ()
+) -> Summary:
     """Groups the rows of one ranker on one dataset into points.
 
     Args:
         rows: of results.csv.
         budgets: as the sweep lists them.
         bayes: AUC of the best possible ranker, where it is known.
+        spaces: names of the id spaces.
     """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
@@ -179,4 +184,4 @@ def summarise(rows: Sequence[Row], budgets: Sequence[str], bayes: float | None =
             same.append((f"{point.name}, {point.budget}", f"{points[point.keys].name}, {points[point.keys].budget}"))
     sizes = {row["budget"]: row["budget_bytes"] for row in rows if row["budget_bytes"] is not None}
     listed = {budget: sizes[budget] for budget in budgets if budget in sizes}
-    return Summary(tuple(points.values()), tuple(same), tuple(undone), listed, bayes)
+    return Summary(tuple(points.values()), tuple(same), tuple(undone), listed, bayes, tuple(spaces))

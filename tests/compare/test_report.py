@@ -14,11 +14,15 @@ import pytest
 from compare.results_made_up import BUDGETS, DATASET, SWEEP, made_up_rows
 
 from embtab.compare.charts import ticks
+from embtab.compare.figures import kind_of
 from embtab.compare.report import html, make_report, markdown, write_report
 from embtab.compare.results import read_results, write_results
 from embtab.compare.statistics import mean_interval
 from embtab.compare.summary import summarise
 from embtab.compare.words import advise
+from embtab.features import Feature
+from embtab.methods import METHODS
+from embtab.planning import plan
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CLIPPED = """
@@ -149,6 +153,18 @@ def test_alone_with_dense_it_has_the_panels_of_dense() -> None:
     assert {("auto", "mixed"), ("dense", "fp32")} <= {
         (r["method"], r["precision"]) for r in records_of(page, "auc-fp32") if "method" in r
     }
+
+
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
+def test_parts_are_known_whatever_the_features_are_called(method: str) -> None:
+    kinds = []
+    for names in (("user", "item", "tag"), ("No.", "No.@2 1", "@")):
+        features = [Feature(name, ids) for name, ids in zip(names, (700, 300, 40), strict=True)]
+        # The largest budget that compresses something, since some methods need most of it.
+        made = plan(features, method, None if method == "dense" else "0.9x", 16)
+        kinds.append(sorted((kind_of(part, names), nbytes) for part, nbytes in made.bytes_by_part().items()))
+    assert kinds[0] == kinds[1]
+    assert "" not in dict(kinds[0])
 
 
 @pytest.mark.parametrize(
