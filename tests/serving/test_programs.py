@@ -57,6 +57,7 @@ def test_onnx_gives_the_readers_vectors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # csr is a long program
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_onnx_gives_the_readers_vectors_for_every_method_on_1e5_ids(case: Case, precision: str, tmp_path: Path) -> None:
@@ -253,6 +254,7 @@ for name in config["outputs"]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a compiler runs
 @pytest.mark.parametrize("what", ["tables", "features", "sequences", "dare"])
 def test_a_compiled_program_runs_in_a_fresh_process_without_embtab(what: str, tmp_path: Path) -> None:
     if what == "tables":
