@@ -110,13 +110,14 @@ def fit(
     world_size: int = 1,
     epochs: int = 1,
     validate: bool = False,
+    accelerator: str = "cpu",
     **options: Any,
 ):
     """Trains on some steps; validates on the same, in the middle of an epoch and at its end, where asked to."""
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=world_size,
         strategy=strategy,
         max_epochs=epochs,
@@ -163,8 +164,8 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def strategy(plan: Any, pipeline: bool = False) -> et.TorchRecStrategy:
-    return et.TorchRecStrategy(plan, pipeline, process_group_backend="gloo")
+def strategy(plan: Any, pipeline: bool = False, backend: str = "gloo") -> et.TorchRecStrategy:
+    return et.TorchRecStrategy(plan, pipeline, process_group_backend=backend)
 
 
 def run_cases(rank: int, world_size: int, port: int, folder: str, runs: list[tuple[str, str, Any]]) -> None:
@@ -181,17 +182,21 @@ def run_cases(rank: int, world_size: int, port: int, folder: str, runs: list[tup
         torch.save(found, Path(folder) / "found.pt")
 
 
-def run_pipelined(rank: int, world_size: int, port: int, folder: str, runs: list[tuple[str, str, Any]]) -> None:
+def run_pipelined(
+    rank: int, world_size: int, port: int, folder: str, runs: list[tuple[str, str, Any]], gpu: bool = False
+) -> None:
     """Trains every (case, optimizer, sharding plan), for two epochs with validation, with a pipeline and without; rank
     0 writes losses, tables, and what happened in which order.
     """
     enter(rank, world_size, port)
+    where, backend = ("gpu", "nccl") if gpu else ("cpu", "gloo")
     found = {}
     for name, optimizer, plan in runs:
         for pipeline in (False, True):
             module = learner(next(case for case in ALL if case.name == name), optimizer)
             with order_of_sending() as order:
-                fit(module, slice(None), strategy(plan, pipeline), world_size, epochs=2, validate=True)
+                chosen = strategy(plan, pipeline, backend)
+                fit(module, slice(None), chosen, world_size, epochs=2, validate=True, accelerator=where)
             tables = gathered(module.tables).state_dict()
             found[name, pipeline] = module.losses, module.validated, tables, order
     if rank == 0:
