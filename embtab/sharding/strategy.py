@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -55,7 +56,8 @@ class TorchRecStrategy(DDPStrategy):
     strategy_name = "torchrec"
 
     def __init__(self, plan: str | dict[str, str] = "auto", pipeline: bool = False, **options: Any) -> None:
-        super().__init__(**{"forward_sync_buffers": False, **options})  # the buffers are constants
+        # The buffers are constants, some of types that gloo cannot send; `forward_sync_buffers` would send them once.
+        super().__init__(**{"broadcast_buffers": False, **options})
         self.plan, self.pipeline = plan, pipeline
         self._ahead: LookAhead | None = None
         self._source: Path | None = None
@@ -118,7 +120,9 @@ class TorchRecStrategy(DDPStrategy):
         """Wraps what is left in DDP, if anything is left to train."""
         assert self.model is not None
         if any(parameter.requires_grad for parameter in self.model.parameters()):
-            super().configure_ddp()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+                super().configure_ddp()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a folder, together with all processes; it is complete or absent."""
