@@ -118,6 +118,20 @@ def test_processes_side_by_side_give_the_same_results(data: str, tmp_path: Path)
     assert results("one") == results("two")
 
 
+def test_rows_say_the_precision_of_their_tables(data: str, tmp_path: Path) -> None:
+    own = ({"name": "hash", "precision": "int8"}, "auto")
+    sweep = sweep_of(data, methods=own, budgets=("0.2x", "4 B"), precisions=("fp32", "fp16"))
+    report = compare(sweep, tmp_path)
+    written = [(row["method"], row["budget"], row["status"], row["precision"]) for row in rows_in(tmp_path)]
+    assert sorted(written) == [  # one row each, though two precisions are asked for
+        ("auto", "0.2x", "ok", plan(read_features(data), "auto", "0.2x", 4).precision),
+        ("auto", "4 B", "infeasible", "any precision"),
+        ("hash precision=int8", "0.2x", "ok", "int8"),
+        ("hash precision=int8", "4 B", "infeasible", "any precision"),
+    ]
+    assert "auto, any precision, 4 B: infeasible" in report
+
+
 def test_infeasible_cells_say_so_and_the_rest_goes_on(data: str, tmp_path: Path) -> None:
     report = compare(sweep_of(data, methods=("qr", "hash"), budgets=("0.05x",)), tmp_path)
     rows = {row["method"]: row for row in rows_in(tmp_path)}
