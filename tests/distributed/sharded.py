@@ -35,6 +35,7 @@ from embtab.sharding.traffic import measured
 
 BAGS = 4  # of every batch, over all processes
 STEPS = 6
+TABLE_LR = 0.05
 # Those of the laws never get as far as reorganising themselves in so few steps.
 SOON = [Case("cafe soon", {"name": "cafe", "every": 2}), Case("cce soon", {"name": "cce", "every": 2})]
 ALL = [*CASES, *SOON]
@@ -79,7 +80,7 @@ class Learner(L.LightningModule):
 
 
 def learner(case: Case, optimizer: str, seed: int = 0) -> Learner:
-    tables = et.EmbeddingBagCollection(case.plan(), optimizer=et.Optimizer(optimizer, 0.05))
+    tables = et.EmbeddingBagCollection(case.plan(), optimizer=et.Optimizer(optimizer, TABLE_LR))
     torch.manual_seed(seed)  # only now: what is imported on the way may draw numbers
     tables.init(0.3)
     return Learner(tables)

@@ -48,7 +48,21 @@ def check(results: dict, name: str, optimizer: str, plan: str) -> None:
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted_losses), rtol=1e-6, atol=1e-6)
     assert tables.keys() == wanted.keys()
     for key, table in wanted.items():
-        torch.testing.assert_close(tables[key], table, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        apart = (tables[key] - table).abs()
+        allowed = 1e-6 + 1e-5 * table.abs() + rounding(table, wanted.get(f"{key}.optimizer"))
+        assert (apart <= allowed).all(), (
+            f"{name}, {key}: {float(apart.max())} apart, {float((apart - allowed).max())} over"
+        )
+
+
+def rounding(table: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """How far Adagrad carries the order of additions: it divides a gradient, with the rounding of its sum, by the root
+    of the second moment. Without one an entry was never trained, and must be the same.
+    """
+    if moment is None:
+        return torch.zeros_like(table)
+    root = moment.sqrt().view(len(table), -1).expand_as(table)
+    return torch.where(root > 0, sharded.TABLE_LR * 5e-8 / root, 0.0).clamp(max=1e-4)
 
 
 @pytest.mark.parametrize(("optimizer", "plan"), PAIRS)
