@@ -290,7 +290,9 @@ def _read_spec(method: Any, options: Mapping[str, Any], spec: Spec) -> tuple[str
         options = {**{key: value for key, value in method.items() if key != "name"}, **options}
         method = method.get("name")
     if method not in METHODS:
-        raise UserError(f"unknown method {method!r}; there are {', '.join(METHODS)}, and auto for all features together")
+        raise UserError(
+            f"unknown method {method!r}; there are {', '.join(METHODS)}, and auto for all features together"
+        )
     precision = options.get("precision", spec.precision)
     if precision not in PRECISIONS:
         raise UserError(f"method {method!r}: unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
