@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,21 +43,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: already exists; remove it or choose another output folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
+    with _beside(path) as beside:
         yield beside
         os.replace(beside, path)  # an empty folder at `path` is replaced too
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Like `new_folder`, but a folder that is at `path` already is exchanged for the new one in one step, and removed.
 
-    A process that is killed leaves the old folder or the new one at `path` (and perhaps a hidden one beside it).
+    A process that is killed leaves the old folder or the new one at `path`, and perhaps a hidden one beside it, which
+    the next one clears away.
 
     Raises:
         UserError: when the file system cannot exchange two folders.
@@ -65,14 +62,51 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         with new_folder(path) as beside:
             yield beside
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
+    with _beside(path) as beside:
         yield beside
         _exchange(beside, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """An empty hidden folder next to `path`, removed at the end; those of killed processes are removed at the start.
+
+    The folder is locked while its process lives, so that one that can be locked is nobody's.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with _held(left, wait=False) as mine:
+            if mine:
+                shutil.rmtree(left, ignore_errors=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    while True:
+        beside.mkdir(exist_ok=True)
+        with _held(beside, wait=True) as mine:
+            if not mine:  # cleared away between the two lines above
+                continue
+            try:
+                yield beside
+                return
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path, wait: bool) -> Iterator[bool]:
+    """Locks a folder, and says whether it is there and this process's."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        there = os.path.samestat(os.fstat(opened), folder.stat())
+    except (BlockingIOError, FileNotFoundError):
+        there = False
+    try:
+        yield there
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        os.close(opened)
 
 
 def _exchange(one: Path, other: Path) -> None:
