@@ -115,7 +115,7 @@ class MixedDim(Encoding):
         """The largest scale that fits; spaces that would not shrink stay dense."""
         if not 0 <= alpha <= 1:
             raise UserError(f"mixed_dim: alpha must lie in [0, 1]; got {alpha!r}")
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        if blocks < 1:
             raise UserError(f"mixed_dim: blocks must be a positive whole number; got {blocks!r}")
         dense = Dense.solve(spaces, None, spec)
         if budget is None or dense.nbytes <= budget:

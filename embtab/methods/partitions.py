@@ -101,7 +101,7 @@ class Partitions(Encoding):
         """The largest moduli that fit each space's share; spaces that would not shrink stay dense."""
         if kind not in KINDS:
             raise UserError(f"partitions: kind must be one of {', '.join(KINDS)}; got {kind!r}")
-        if isinstance(parts, bool) or not isinstance(parts, int) or not 2 <= parts <= MOST_PARTS:
+        if not 2 <= parts <= MOST_PARTS:
             raise UserError(f"partitions: parts must be a whole number from 2 to {MOST_PARTS}; got {parts!r}")
         width = part_width(cls.method, op, spec.dim, parts)
         moduli_for = radix_moduli if kind == "radix" else coprime_moduli

@@ -112,7 +112,7 @@ class Pruned(Encoding):
             UserError: for a width outside [1, D].
         """
         wide = spec.dim if width is None else width
-        if isinstance(wide, bool) or not isinstance(wide, int) or not 1 <= wide <= spec.dim:
+        if not 1 <= wide <= spec.dim:
             raise UserError(f"pruned: width must be a whole number within 1 and {spec.dim}; got {width!r}")
         orders = {space.name: _by_frequency(space) for space in spaces}
 

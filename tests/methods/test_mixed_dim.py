@@ -220,7 +220,7 @@ def test_blocks_without_counts_are_refused_by_name() -> None:
         ({"alpha": -0.1}, r"alpha must lie in \[0, 1\]; got -0.1"),
         ({"alpha": float("nan")}, "alpha must lie in"),
         ({"blocks": 0}, "blocks must be a positive whole number; got 0"),
-        ({"blocks": 2.5}, "blocks must be a positive whole number"),
+        ({"blocks": 2.5}, "option blocks must be int, got 2.5"),
     ],
 )
 def test_options_that_make_no_sense(options: dict, message: str) -> None:

@@ -157,7 +157,7 @@ def test_bags_are_composed_per_id_and_weighted_once(op: str) -> None:
         ({"kind": "prime"}, "kind must be one of radix, crt; got 'prime'"),
         ({"op": "max"}, "partitions: op must be one of concat, sum, product; got 'max'"),
         ({"parts": 1}, "parts must be a whole number from 2 to 8; got 1"),
-        ({"parts": 2.0}, "parts must be a whole number"),
+        ({"parts": 2.0}, "option parts must be int, got 2.0"),
         ({"op": "concat"}, "op 'concat' cuts dim into 3 equal parts; got dim=16"),
     ],
 )
