@@ -62,7 +62,7 @@ def examine() -> Iterator[Finding]:
 
 
 def python() -> Finding:
-    """The interpreter, and whether it is the one of the environment that embtab is in."""
+    """The interpreter that runs this, and where it is."""
     return Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
 
 
