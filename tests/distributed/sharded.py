@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from embtab.sharding.traffic import measured
 
 BAGS = 4  # of every batch, over all processes
 STEPS = 6
+EXACT_STEPS = 2  # a product doubles the digits of its factors: after more steps not all fit a float
 TABLE_LR = 0.05
 # Those of the laws never get as far as reorganising themselves in so few steps.
 SOON = [Case("cafe soon", {"name": "cafe", "every": 2}), Case("cce soon", {"name": "cce", "every": 2})]
@@ -86,22 +88,54 @@ def learner(case: Case, optimizer: str, seed: int = 0) -> Learner:
     return Learner(tables)
 
 
-def batches(rank: int, world_size: int) -> list[tuple[Any, torch.Tensor]]:
-    """This process's share of the same bags, ragged, with empty ones and repeated ids."""
+class Exact(Learner):
+    """The same where no sum is ever rounded: every number is a small multiple of a power of two, and the loss is linear
+    in the scores. Whatever differs from one process to many, but for the order of additions, shows in full.
+    """
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        bags, label = batch
+        pooled = self.tables(bags)
+        scores = self.head(torch.cat([pooled[feature.name] for feature in FEATURES], 1)).squeeze(1)
+        return torch.where(label > 0, -scores, scores).mean()
+
+
+def exact(case: Case, optimizer: str) -> Exact:
+    tables = et.EmbeddingBagCollection(case.plan(), optimizer=et.Optimizer(optimizer, lr=1.0))
+    module = Exact(tables, lr=1.0)
+    torch.manual_seed(0)
+    trained = [tables.lookup.table(name) for name in tables.lookup.tables]
+    for values in [*trained, *(each.detach() for each in module.parameters())]:
+        values.copy_(torch.randint(-1, 2, values.shape))
+    return module
+
+
+def batches(rank: int, world_size: int, exact: bool = False) -> list[tuple[Any, torch.Tensor]]:
+    """This process's share of the same bags, ragged, with empty ones and repeated ids.
+
+    With `exact`, weights are multiples of a half and lengths are powers of two, which means are divided by.
+    """
     random = np.random.default_rng(3)
     low, high = rank * BAGS // world_size, (rank + 1) * BAGS // world_size
     made = []
     for step in range(STEPS):
         content = {
             f.name: [
-                [(int(i), float(w)) for i, w in zip(random.integers(0, f.num_ids, n), random.random(n), strict=True)]
-                for n in (2, 0, 3, 1)
+                [
+                    (int(i), float(w))
+                    for i, w in zip(random.integers(0, f.num_ids, n), weights(random, n, exact), strict=True)
+                ]
+                for n in ((2, 0, 2, 1) if exact else (2, 0, 3, 1))
             ]
             for f in FEATURES
         }
         mine = Bags({name: bags[low:high] for name, bags in content.items()})
         made.append((mine.kjt(weighted=step % 2 == 1), torch.tensor([1.0, 0.0, 0.0, 1.0])[low:high]))
     return made
+
+
+def weights(random: np.random.Generator, size: int, exact: bool) -> np.ndarray:
+    return random.integers(1, 4, size) / 2 if exact else random.random(size)
 
 
 def fit(
@@ -128,7 +162,8 @@ def fit(
         val_check_interval=STEPS // 2 if validate else None,
         **quiet,
     )
-    loader = torch.utils.data.DataLoader(batches(rank, world_size)[steps], batch_size=None, collate_fn=lambda x: x)
+    content = batches(rank, world_size, isinstance(module, Exact))[steps]
+    loader = torch.utils.data.DataLoader(content, batch_size=None, collate_fn=lambda x: x)
     trainer.fit(module, loader, loader if validate else None, **options)
     return trainer
 
@@ -181,6 +216,40 @@ def run_cases(rank: int, world_size: int, port: int, folder: str, runs: list[tup
         found[name, optimizer, str(plan)] = module.losses, gathered(module.tables).state_dict()
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
+
+
+def run_exact(rank: int, world_size: int, port: int, folder: str, runs: list[tuple[str, str, Any]]) -> None:
+    """Trains every (case, optimizer, sharding plan) without rounding; rank 0 writes losses and tables."""
+    enter(rank, world_size, port)
+    found = {}
+    for name, optimizer, plan in runs:
+        module = exact(next(case for case in ALL if case.name == name), optimizer)
+        fit(module, slice(0, EXACT_STEPS), strategy(plan), world_size)
+        found[name, optimizer, str(plan)] = module.losses, gathered(module.tables).state_dict()
+    if rank == 0:
+        torch.save(found, Path(folder) / "exact.pt")
+
+
+def exact_alone(case: Case, optimizer: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same run in this process, by Lightning's own strategy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = exact(case, optimizer)
+        fit(module, slice(0, EXACT_STEPS))
+    return module.losses, module.tables.state_dict()
+
+
+def bundle(tables: Any, folder: Path, patch: pytest.MonkeyPatch, precision: str | None = None) -> dict[str, bytes]:
+    """The bytes of every file of the tables' bundle, made at noon."""
+
+    class Noon(datetime):
+        @classmethod
+        def now(cls, *_: Any) -> Noon:
+            return cls(2026, 1, 1, 12)
+
+    patch.setattr("embtab.bundle.datetime", Noon)
+    et.save(tables, folder, precision=precision)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def run_pipelined(

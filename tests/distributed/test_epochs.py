@@ -1,6 +1,5 @@
 """A run that is stopped in mid-epoch goes on with any number of processes as if nothing had happened."""
 
-from datetime import datetime
 from itertools import chain
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import sharded
 import torch
 
-import embtab as et
 from embtab.training.checkpoint import load_tables
 
 pytestmark = pytest.mark.distributed
@@ -39,15 +37,7 @@ def seen(folder: Path, name: str, world_size: int):
 
 def bundle(checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> dict[str, bytes]:
     """The bytes of every file of the bundle of a checkpoint, made at the same moment."""
-
-    class Noon(datetime):
-        @classmethod
-        def now(cls, *_):
-            return cls(2026, 1, 1, 12)
-
-    monkeypatch.setattr("embtab.bundle.datetime", Noon)
-    et.save(load_tables(checkpoint), folder, precision=precision)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return sharded.bundle(load_tables(checkpoint), folder, monkeypatch, precision)
 
 
 def check(folder: Path, name: str, world_size: int, optimizer: str, steps: slice) -> None:
