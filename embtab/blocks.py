@@ -1,4 +1,4 @@
-"""Blocks: features that are computed together, the arrays their encodings have, and how a batch is cut up for them.
+"""Blocks: features that are computed together, and the arrays that their encodings have.
 
 N ids of a block   F features of a block   B bags per feature   K parts per id   W width of a part   D dimension
 """
@@ -6,12 +6,12 @@ N ids of a block   F features of a block   B bags per feature   K parts per id  
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embtab.cut import Cut
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.lookup import Request, slot
@@ -55,11 +55,16 @@ class Arrays(NamedState):
         return name in self.saved[False]
 
 
+IN_CACHE = 1 << 17
+"""Rows that are computed in one go on a CPU."""
+
+
 class Block(nn.Module):
     """Features whose encodings differ only in constants; or, where an encoding has arrays, the features of one space.
 
     Args:
-        features: F features, in the order of the plan.
+        places: where the F features stand in the plan, in ascending order.
+        features: the features.
         encodings: the encoding of each.
         widths: the widths of the K parts.
         bases: int64 [F, K], the offset of each part's table in the lookup's matrix.
@@ -68,6 +73,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
+        places: Sequence[int],
         features: Sequence[Feature],
         encodings: Sequence[Encoding],
         widths: Sequence[int],
@@ -77,31 +83,33 @@ class Block(nn.Module):
         super().__init__()
         self.all_arrays = [arrays]  # in a list, so that they stay the collection's
         self.everyones: Callable[[Tensor], Tensor] = _own  # see Lookup.everyones
-        self.features = list(features)
+        self.places, self.features = list(places), list(features)
         self.encoding = encodings[0]
+        self.compute: Callable[[Tensor, Mapping[str, Tensor]], Tensor] = self.encoding.rows
+        self.fused = False
         self.widths = list(widths)
         self.slots = [[slot(feature.name, k) for feature in features] for k in range(len(self.widths))]
-        self.bounded = self.encoding.num_ids is not None
-        self.has_mean = any(feature.pooling == "mean" for feature in features)
+        self.limits = [encoding.num_ids for encoding in encodings]
         constants = [encoding.constants() for encoding in encodings]
         self.names = list(constants[0])
         self._buffer("bases", bases)
-        self._buffer("limits", torch.tensor([[encoding.num_ids or 0] for encoding in encodings]))
-        self._buffer("cardinalities", torch.tensor([feature.num_ids for feature in features]))
-        self._buffer("means", torch.tensor([feature.pooling == "mean" for feature in features]))
         for name in self.names:
             self._buffer(name, torch.tensor([each[name] for each in constants]))
 
     def _buffer(self, name: str, value: Tensor) -> None:
         self.register_buffer(f"{name}_", value, persistent=False)
 
+    def fuse(self) -> None:
+        """From now on rows are computed in one pass over the ids, by torch.compile."""
+        self.compute, self.fused = _compiled(type(self.encoding)), True
+
     def set_bases(self, bases: Tensor) -> None:
         """Changes the offsets of the parts' tables: int64 [F, K]."""
         self.get_buffer("bases_").copy_(bases)
 
-    def _spread(self, name: str, sizes: Sequence[int]) -> Tensor:
+    def _spread(self, name: str, sizes: Sequence[int], which: slice) -> Tensor:
         """A constant [F, K] for ids laid out feature after feature: [F, 1, K] for equal sizes, else [N, K]."""
-        constant = self.get_buffer(f"{name}_")
+        constant = self.get_buffer(f"{name}_")[which]
         if len(set(sizes)) == 1:
             return constant.unsqueeze(1)
         return constant.repeat_interleave(torch.tensor(sizes, device=constant.device), dim=0, output_size=sum(sizes))
@@ -111,68 +119,76 @@ class Block(nn.Module):
         """The arrays of the block's encoding, by name."""
         return self.all_arrays[0].of(self.features[0].space) if self.encoding.arrays() else {}
 
-    @property
-    def cardinalities(self) -> Tensor:
-        """int64 [F]: the number of ids of each feature."""
-        return self.get_buffer("cardinalities_")
-
     def rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
-        """int64 [N, K] (or [F, N / F, K], for equal sizes): rows of every part; -1 where an id does not have it.
+        """int64 [N, K]: rows of every part; -1 where an id does not have it.
 
         In training mode an adaptive encoding takes note of the ids.
 
         Args:
-            ids: int64 [N], feature after feature.
+            ids: int64 [N], feature after feature, which `check` has seen.
             sizes: how many ids each feature has.
+        """
+        if not self._by_feature(ids):
+            return self._rows(ids, sizes, slice(None))
+        return torch.cat([self._rows(*each) for each in self._features(ids, sizes)])
+
+    def placed_rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The same as rows of the lookup's matrices; for encodings that have all parts of every id."""
+        if not self._by_feature(ids):
+            return self.placed(self._rows(ids, sizes, slice(None)), sizes)
+        placed = ids.new_empty(len(ids), len(self.widths))
+        for part, each in zip(placed.split(list(sizes)), self._features(ids, sizes), strict=True):
+            torch.add(self._rows(*each), self._spread("bases", *each[1:])[0], out=part)
+        return placed
+
+    def _by_feature(self, ids: Tensor) -> bool:
+        """Whether features are quicker one by one: what is computed on the way stays in the cache."""
+        if self.fused or self.encoding.adaptive or ids.is_cuda:
+            return False
+        return len(self.features) > 1 and len(ids) * len(self.widths) > IN_CACHE
+
+    def _features(self, ids: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, list[int], slice]]:
+        return ((part, [len(part)], slice(i, i + 1)) for i, part in enumerate(ids.split(list(sizes))))
+
+    def _rows(self, ids: Tensor, sizes: Sequence[int], which: slice) -> Tensor:
+        """The rows of some of the features."""
+        same = len(set(sizes)) == 1
+        shaped = ids.view(len(sizes), sizes[0], 1) if same else ids.unsqueeze(-1)
+        constants = {name: self._spread(name, sizes, which) for name in self.names}
+        rows = self.compute(shaped, constants | self.arrays)
+        if self.training and self.encoding.adaptive:
+            with torch.no_grad():
+                self.encoding.observe(self.everyones(ids), self.arrays)
+        return rows.flatten(0, 1) if same else rows
+
+    def placed(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """int64 [N, K]: rows [N, K] of the parts' tables as rows of the lookup's matrices."""
+        bases = self._spread("bases", sizes, slice(None))
+        if bases.dim() == 2:
+            return rows + bases
+        return (rows.view(len(sizes), sizes[0], rows.shape[1]) + bases).flatten(0, 1)
+
+    def are_numbers(self, cut: Cut) -> bool:
+        """Whether every id of a batch lies in [0, cardinality)."""
+        ends = zip(self.features, map(cut.extremes.__getitem__, self.places), strict=True)
+        return all(least >= 0 and most < feature.num_ids for feature, (least, most) in ends)
+
+    def check(self, cut: Cut) -> None:
+        """Makes sure that the encoding takes the ids of a batch.
 
         Raises:
             UserError: when an id is out of range; it names feature, id and cardinality.
         """
-        self._check(ids, sizes)
-        shaped = ids.view(len(sizes), sizes[0], 1) if len(set(sizes)) == 1 else ids.unsqueeze(-1)
-        constants = {name: self._spread(name, sizes) for name in self.names}
-        return self._noted(ids, self.encoding.rows(shaped, constants | self.arrays))
-
-    def rows_of_rows(self, ids: Tensor, stride: int) -> Tensor:
-        """int64 [B, F, K]: rows in the lookup's matrix, in the order in which a model reads the features.
-
-        Args:
-            ids: int64 [F * B], feature after feature; otherwise as `rows`.
-            stride: B.
-        """
-        features = len(self.features)
-        self._check(ids, [stride] * features)
-        shaped = ids.view(features, stride).t().contiguous().unsqueeze(-1)
-        constants = {name: self.get_buffer(f"{name}_") for name in self.names}
-        rows = self.encoding.rows(shaped, constants | self.arrays)
-        return self._noted(ids, rows + self.get_buffer("bases_"))
-
-    def _noted(self, ids: Tensor, rows: Tensor) -> Tensor:
-        if self.training and self.encoding.adaptive:
-            with torch.no_grad():
-                self.encoding.observe(self.everyones(ids), self.arrays)
-        return rows
-
-    def are_numbers(self, ids: Tensor, sizes: Sequence[int]) -> bool:
-        """Whether every id lies in [0, cardinality)."""
-        return not self._outside(ids, sizes, self.cardinalities)
-
-    def _check(self, ids: Tensor, sizes: Sequence[int]) -> None:
-        if self.bounded and self._outside(ids, sizes, self.get_buffer("limits_")[:, 0]):
-            limits = self.get_buffer("limits_")[:, 0].repeat_interleave(torch.tensor(sizes, device=ids.device))
-            self._complain(ids, (ids < 0) | (ids >= limits), sizes)
-
-    def _outside(self, ids: Tensor, sizes: Sequence[int], limits: Tensor) -> bool:
-        """Whether an id lies outside [0, limit); limits are int64 [F]."""
-        if len(ids) == 0:
-            return False
-        if len(set(sizes)) == 1:
-            least, most = ids.view(len(sizes), -1).aminmax(dim=1)
-        else:
-            ends = [part.aminmax() for part in ids.split(list(sizes)) if len(part)]
-            least, most = (torch.stack(each) for each in zip(*ends, strict=True))
-            limits = limits[[i for i, size in enumerate(sizes) if size]]
-        return bool(((least < 0) | (most >= limits)).any())
+        for place, feature, limit in zip(self.places, self.features, self.limits, strict=True):
+            least, most = cut.extremes[place]
+            if limit is not None and (least < 0 or most >= limit):
+                ids = cut.ids_of([place])
+                at = int(((ids < 0) | (ids >= limit)).nonzero()[0])
+                raise UserError(
+                    f"feature {feature.name!r} (table {feature.space!r}): id {int(ids[at])} at position {at} "
+                    f"of its values is outside [0, {feature.num_ids}); map unseen ids to 0 while preparing the data, "
+                    "or plan this feature with a method that hashes"
+                )
 
     def requests(
         self, rows: Tensor, sizes: Sequence[int], lengths: Tensor | None, weights: Tensor | None
@@ -187,12 +203,12 @@ class Block(nn.Module):
         """
         if not self.widths:
             return []
-        shifted = _parts(rows + self._spread("bases", sizes))
+        shifted = self.placed(rows, sizes).t()
         if not self.encoding.may_skip:
             asked = zip(self.widths, shifted, self.slots, strict=True)
             return [Request(width, part, lengths, weights, slots, sizes) for width, part, slots in asked]
         # A part that is not there reads row 0 with weight 0: zeros out, and a zero gradient.
-        there = _parts(rows) >= 0
+        there = rows.t() >= 0
         factors = there.float() if weights is None else there * weights
         kept = torch.where(there, shifted, 0)
         each = enumerate(zip(self.widths, self.slots, strict=True))
@@ -206,21 +222,10 @@ class Block(nn.Module):
             answers: of the lookup, in the order of the requests.
             stride: B where bags were pooled, else None.
         """
-        parts = [next(answers) for _ in self.widths] if self.widths else [_parts(rows).t()]
+        parts = [next(answers) for _ in self.widths] if self.widths else [rows]
         if stride is not None:
             parts = [per_bag(part, stride) for part in parts]
         return self.encoding.combine(parts, self.arrays)
-
-    def _complain(self, ids: Tensor, outside: Tensor, sizes: Sequence[int]) -> None:
-        at = int(outside.nonzero()[0])
-        for feature, size in zip(self.features, sizes, strict=True):
-            if at < size:
-                raise UserError(
-                    f"feature {feature.name!r} (table {feature.space!r}): id {int(ids[outside][0])} at position {at} "
-                    f"of its values is outside [0, {feature.num_ids}); map unseen ids to 0 while preparing the data, "
-                    "or plan this feature with a method that hashes"
-                )
-            at -= size
 
     def pool(self, vectors: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
         """[F * B, D]: (weighted) sums of vectors [N, D] over bags of lengths [F * B]."""
@@ -230,27 +235,27 @@ class Block(nn.Module):
             return vectors
         return torch.segment_reduce(vectors, "sum", lengths=lengths.long(), axis=0, unsafe=True)
 
-    def divide(self, sums: Tensor, lengths: Tensor) -> Tensor:
-        """[B, F, D]: sums divided by bag lengths [F * B] where a feature pools by mean; empty bags stay zero."""
-        if not self.has_mean:
-            return sums
-        counts = lengths.view(len(self.features), -1).t().clamp(min=1)
-        return sums / torch.where(self.get_buffer("means_"), counts, 1).unsqueeze(-1)
+
+@cache
+def _compiled(method: type[Encoding]) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    """A method's `rows` for batches of any size."""
+    return torch.compile(method.rows, dynamic=True)
 
 
 def make_blocks(plan: Plan, base: Mapping[str, int], arrays: Arrays) -> list[Block]:
     """Groups the plan's features into blocks, keeping their order within each."""
-    grouped: dict[tuple, list[Feature]] = {}
-    for feature in plan.features:
+    grouped: dict[tuple, list[int]] = {}
+    for place, feature in enumerate(plan.features):
         encoding = plan.encodings[feature.space]
         widths = tuple(plan.tables[name].width for name in encoding.tables)
         bounded = encoding.num_ids is not None
         alone = feature.space if encoding.arrays() else None
-        grouped.setdefault((type(encoding), encoding.variant, widths, bounded, alone), []).append(feature)
+        grouped.setdefault((type(encoding), encoding.variant, widths, bounded, alone), []).append(place)
     blocks = []
-    for (_, _, widths, _, _), members in grouped.items():
+    for (_, _, widths, _, _), places in grouped.items():
+        members = [plan.features[place] for place in places]
         encodings = [plan.encodings[member.space] for member in members]
-        blocks.append(Block(members, encodings, widths, bases_of(plan, members, base), arrays))
+        blocks.append(Block(places, members, encodings, widths, bases_of(plan, members, base), arrays))
     return blocks
 
 
@@ -264,28 +269,6 @@ def _own(ids: Tensor) -> Tensor:
     return ids
 
 
-def _parts(rows: Tensor) -> Tensor:
-    """[K, N] from [N, K] or [F, N / F, K]."""
-    return rows.flatten(0, -2).t()
-
-
 def per_bag(stacked: Tensor, stride: int) -> Tensor:
     """[F * B, W], feature after feature, seen as [B, F, W]."""
     return stacked.view(-1 if stride else 0, stride, stacked.shape[1]).transpose(0, 1)
-
-
-Piece = tuple[Block, Tensor, Tensor, Tensor | None, list[int]]
-
-
-def pieces_of(batch: KeyedJaggedTensor, blocks: Iterator[Block]) -> Iterator[Piece]:
-    """Each block with its ids [N], bag lengths [F * B], weights [N] and the number of ids of each feature."""
-    values, lengths, weights = batch.values().long(), batch.lengths(), batch.weights_or_none()
-    ends = batch.offset_per_key()
-    sizes = [stop - start for start, stop in pairwise(ends)]
-    first = 0
-    for block in blocks:
-        last = first + len(block.features)
-        ids = slice(ends[first], ends[last])
-        bags = slice(first * batch.stride(), last * batch.stride())
-        yield block, values[ids], lengths[bags], None if weights is None else weights[ids], sizes[first:last]
-        first = last

@@ -14,6 +14,7 @@ vectors instead of N. Where it is not (a product), each id is combined before ba
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embtab.blocks import Arrays, Block, Piece, bases_of, make_blocks, pieces_of
+from embtab.blocks import Arrays, Block, bases_of, make_blocks
+from embtab.cut import Cut
 from embtab.drawing import Draw, Unmade, generator
 from embtab.errors import UserError
 from embtab.features import Feature
@@ -30,9 +32,22 @@ from embtab.lookup import Lookup, Optimizer, Request, StackedLookup, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
-from embtab.ways import Shape, Way, way_of
+from embtab.ways import Way, ways_of
 
-Ways = list[tuple[Piece, Way]]
+
+@dataclass(frozen=True)
+class Asked:
+    """How the vectors of a batch are computed.
+
+    Attributes:
+        cut: the batch.
+        ways: its features', together.
+        requests: what the lookup is asked for them, in order.
+    """
+
+    cut: Cut
+    ways: list[Way]
+    requests: list[Request]
 
 
 class _Collection(nn.Module):
@@ -53,7 +68,10 @@ class _Collection(nn.Module):
         self.lookup: Lookup = Unmade(tables, optimizer) if later else make_lookup(tables, backend, device, optimizer)
         self.arrays = Arrays(plan.encodings, device)
         self.blocks = nn.ModuleList(make_blocks(plan, self.lookup.base, self.arrays)).to(device)
-        self.order = [feature.name for block in self._each_block() for feature in block.features]
+        self.names = [feature.name for feature in plan.features]
+        self.has_mean = any(feature.pooling == "mean" for feature in plan.features)
+        means = torch.tensor([feature.pooling == "mean" for feature in plan.features], device=device)
+        self.register_buffer("means", means, persistent=False)
         self.init(init_std)
 
     def _each_block(self) -> Iterator[Block]:
@@ -136,6 +154,14 @@ class _Collection(nn.Module):
         """
         self.lookup.set_learning_rate(lr)
 
+    def compile_rows(self) -> None:
+        """Fuses the integer arithmetic from ids to rows by torch.compile, for long bags and GPUs; no bit changes.
+
+        The first batch then waits for a compiler (seconds), which must be there: a C++ one for CPUs, Triton for GPUs.
+        """
+        for block in self._each_block():
+            block.fuse()
+
     def pools(self, encoding: Encoding) -> bool:
         """Whether the lookup sums bags of an encoding's parts, or is asked for the parts of every id."""
         return encoding.linear
@@ -147,19 +173,6 @@ class _Collection(nn.Module):
         for block in self._each_block():
             block.set_bases(bases_of(self.plan, block.features, lookup.base))
             block.everyones = lookup.everyones
-
-    def _arranged(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """The plan's features, in block order."""
-        if features.variable_stride_per_key():
-            raise UserError("batches whose features have different numbers of bags are not supported")
-        keys = features.keys()
-        if keys == self.order:
-            return features
-        at = {key: i for i, key in enumerate(keys)}
-        for name in self.order:
-            if name not in at:
-                raise UserError(f"feature {name!r} of the plan is not in the batch; it has {', '.join(keys)}")
-        return features.permute([at[name] for name in self.order])
 
     def extra_repr(self) -> str:
         """The methods in use."""
@@ -196,7 +209,7 @@ class EmbeddingBagCollection(_Collection):
             if feature.pooling == "none":
                 raise UserError(f"feature {feature.name!r} has pooling 'none'; use EmbeddingCollection, or sum or mean")
         super().__init__(plan, backend, optimizer, init_std, device)
-        self.prepared: tuple[KeyedJaggedTensor, Ways, Sequence[Request]] | None = None
+        self.prepared: tuple[KeyedJaggedTensor, Asked, Sequence[Request]] | None = None
         """What a pipeline has worked out of a batch before its turn, see `embtab.sharding.pipeline`."""
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -208,35 +221,32 @@ class EmbeddingBagCollection(_Collection):
         Raises:
             UserError: when a feature is missing or an id is out of range.
         """
-        names = [feature.name for feature in self.plan.features]
         vectors = self.vectors(features)
-        return KeyedTensor(names, [self.plan.dim] * len(names), vectors.flatten(1))
+        return KeyedTensor(self.names, [self.plan.dim] * len(self.names), vectors.flatten(1))
 
     def vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """The same as [B, F, D], features in plan order."""
         if self.prepared is not None and self.prepared[0] is features:
-            (_, ways, requests), self.prepared = self.prepared, None
+            (_, asked, requests), self.prepared = self.prepared, None
         else:
-            ways, requests = self.asked(features)
+            asked = self.asked(features)
+            requests = asked.requests
         answers = iter(self.lookup(requests))
-        return self._in_plan_order([piece[0].divide(way.vectors(answers), piece[2]) for piece, way in ways])
+        found = [(way.places, way.vectors(answers)) for way in asked.ways]
+        return self._divided(_in_plan_order(found), asked.cut)
 
-    def asked(self, features: KeyedJaggedTensor) -> tuple[Ways, Sequence[Request]]:
-        """How each block of a batch is computed, and what the lookup is asked for that."""
-        batch = self._arranged(features)
-        shape = Shape.of(batch.lengths(), batch.stride(), len(batch.values()))
-        stacked = isinstance(self.lookup, StackedLookup)
-        pieces = list(pieces_of(batch, self._each_block()))
-        ways = [(piece, way_of(piece, shape, self.pools(piece[0].encoding), stacked)) for piece in pieces]
-        return ways, [request for _, way in ways for request in way.requests]
+    def asked(self, features: KeyedJaggedTensor) -> Asked:
+        """How a batch is computed, and what the lookup is asked for that."""
+        cut = Cut(features, self.names)
+        ways = ways_of(cut, list(self._each_block()), self.pools, isinstance(self.lookup, StackedLookup))
+        return Asked(cut, ways, [request for way in ways for request in way.requests])
 
-    def _in_plan_order(self, outputs: Sequence[Tensor]) -> Tensor:
-        """[B, F, D] from one such tensor per block."""
-        names = [feature.name for feature in self.plan.features]
-        if names == self.order:
-            return outputs[0] if len(outputs) == 1 else torch.cat(tuple(outputs), dim=1)
-        by_name = dict(zip(self.order, (vector for output in outputs for vector in output.unbind(1)), strict=True))
-        return torch.stack([by_name[name] for name in names], dim=1)
+    def _divided(self, sums: Tensor, cut: Cut) -> Tensor:
+        """Sums [B, F, D] divided by bag lengths where a feature pools by mean; empty bags stay zero."""
+        if not self.has_mean or cut.bag == 1:
+            return sums
+        counts = cut.lengths.view(len(self.names), -1).t().clamp(min=1)
+        return sums / torch.where(self.get_buffer("means"), counts, 1).unsqueeze(-1)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The logical tables as torchrec describes them, for models that ask (torchrec.models.dlrm.DLRM does)."""
@@ -272,20 +282,22 @@ class EmbeddingCollection(_Collection):
         Raises:
             UserError: when a feature is missing or an id is out of range.
         """
-        batch = self._arranged(features)
-        pieces = list(pieces_of(batch, self._each_block()))
-        all_rows = [block.rows(ids, sizes) for block, ids, _, _, sizes in pieces]
-        requests: list[Request] = []
-        for (block, _, _, _, sizes), rows in zip(pieces, all_rows, strict=True):
-            requests += block.requests(rows, sizes, None, None)
+        cut, blocks = Cut(features, self.names), list(self._each_block())
+        all_rows, requests = [], []
+        for block in blocks:
+            block.check(cut)
+            sizes = cut.sizes_of(block.places)
+            all_rows.append(block.rows(cut.ids_of(block.places), sizes))
+            requests += block.requests(all_rows[-1], sizes, None, None)
         answers = iter(self.lookup(requests))
         outputs: dict[str, JaggedTensor] = {}
-        for (block, _, lengths, _, sizes), rows in zip(pieces, all_rows, strict=True):
+        for block, rows in zip(blocks, all_rows, strict=True):
             vectors = block.combine(rows, answers, None)
-            per_feature = lengths.view(len(sizes), -1)
-            for feature, values, counts in zip(block.features, vectors.split(sizes), per_feature, strict=True):
+            per_feature = cut.lengths_of(block.places).view(len(block.places), -1)
+            parts = vectors.split(cut.sizes_of(block.places))
+            for feature, values, counts in zip(block.features, parts, per_feature, strict=True):
                 outputs[feature.name] = JaggedTensor(values=values, lengths=counts)
-        return {feature.name: outputs[feature.name] for feature in self.plan.features}
+        return {name: outputs[name] for name in self.names}
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The logical tables as torchrec describes them."""
@@ -301,3 +313,14 @@ class EmbeddingCollection(_Collection):
             )
             for space, members in spaces.items()
         ]
+
+
+def _in_plan_order(found: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """[B, F, D] from [B, some of F, D] with the places of these features."""
+    if len(found) == 1:
+        return found[0][1]
+    places = [place for some, _ in found for place in some]
+    if places == sorted(places):
+        return torch.cat([vectors for _, vectors in found], dim=1)
+    by_place = dict(zip(places, (vector for _, vectors in found for vector in vectors.unbind(1)), strict=True))
+    return torch.stack([by_place[place] for place in range(len(places))], dim=1)

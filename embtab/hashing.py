@@ -28,9 +28,14 @@ _MULTIPLIER_2 = _signed(0x94D049BB133111EB)
 
 def mix64(x: Array) -> Array:
     """The splitmix64 finaliser: a bijection of int64 in which every input bit moves every output bit."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MULTIPLIER_1
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MULTIPLIER_2
+    x = _stirred(x)
     return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _stirred(x: Array) -> Array:
+    """The finaliser before its last step, which leaves the top 31 bits as they are."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MULTIPLIER_1
+    return (x ^ ((x >> 27) & (2**37 - 1))) * _MULTIPLIER_2
 
 
 def hash_rows(ids: Array, seed: Array, num_rows: Array) -> Array:
@@ -41,7 +46,7 @@ def hash_rows(ids: Array, seed: Array, num_rows: Array) -> Array:
         seed: int64 that broadcasts against ids; see `seed_of`.
         num_rows: int64 in [1, 2^31) that broadcasts against ids.
     """
-    top31 = (mix64(ids + seed) >> 33) & (2**31 - 1)
+    top31 = (_stirred(ids + seed) >> 33) & (2**31 - 1)
     return (top31 * num_rows) >> 31
 
 

@@ -1,33 +1,45 @@
-"""Ways from the ids of a block to its vectors: the same results, each the quickest for some batches.
+"""Ways from the ids of a batch to its vectors: the same results, each the quickest for some batches and methods.
 
-    `PerBag`    any batch. Linear methods: bags of parts are summed by the lookup, and combined; the others: per id.
-    `OneEach`   one id in every bag: rows are asked for in the order of the vectors, so nothing has to be moved.
-    `PerDistinctId`  several parts an id, or ids combined one by one: each distinct id is computed once.
+    `Bare`           vectors that are a row as it stands: all such features are one request; and where every bag has one
+                     id, in the order of the vectors, so that nothing has to be moved.
+    `OneEach`        one id in every bag, a block of any method.
+    `PerDistinctId`  several parts an id, or ids combined one by one, on a CPU: each distinct id is computed once.
+    `PerBag`         any batch. Linear methods: the lookup sums bags of parts, which are combined; the others: per id.
 
-N ids of a block   F features of a block   B bags per feature   K parts per id   W width of a part   D dimension
+N ids   F features   B bags per feature   K parts per id   W width of a part   D dimension
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from embtab.blocks import Piece, per_bag
-from embtab.distinct import distinct, firsts, gathered
+from embtab.blocks import Block, per_bag
+from embtab.cut import Cut
+from embtab.distinct import distinct, gathered
 from embtab.lookup import Request
+from embtab.methods import Encoding
 
 DISTINCT_FROM = 4096
-"""Ids in a block from which on finding the distinct ones pays."""
+"""Ids in a batch from which on finding the distinct ones pays."""
 
 
 class Way(ABC):
-    """What the lookup is asked for, and what is made of its answers."""
+    """What the lookup is asked for some features, and what is made of its answers.
 
+    Attributes:
+        places: of the F features in the plan.
+        requests: to the lookup.
+    """
+
+    places: list[int]
     requests: Sequence[Request]
 
     @abstractmethod
@@ -35,74 +47,73 @@ class Way(ABC):
         """Sums over bags [B, F, D] (not yet divided for features that pool by mean)."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is known of a batch: B, and the number of ids in every bag where it is the same for all of them."""
-
-    stride: int
-    bag: int | None
-
-    @classmethod
-    def of(cls, lengths: Tensor, stride: int, total: int) -> Shape:
-        """Of bag lengths [F * B] that add up to `total`."""
-        bag, rest = divmod(total, len(lengths)) if len(lengths) else (0, 1)
-        same = not rest and bag > 0 and bool((lengths == bag).all())
-        return cls(stride, bag if same else None)
-
-
-def way_of(piece: Piece, shape: Shape, pools: bool, stacked: bool) -> Way:
-    """The way for a block of a batch.
+def ways_of(cut: Cut, blocks: Sequence[Block], pools: Callable[[Encoding], bool], stacked: bool) -> list[Way]:
+    """The ways of a batch; together they have every feature once.
 
     Args:
-        piece: the block with its ids, bag lengths, weights and sizes.
-        shape: of the batch.
-        pools: whether the lookup may sum bags of parts.
+        cut: the batch.
+        blocks: of the collection.
+        pools: whether the lookup may sum bags of an encoding's parts.
         stacked: whether the lookup takes rows in any order (one that shards tables wants them feature by feature).
+
+    Raises:
+        UserError: when an id is out of range.
     """
-    block, ids, _, weights, sizes = piece
-    if stacked and weights is None:
-        alone = pools and len(block.widths) == 1
-        if not alone and len(ids) >= DISTINCT_FROM and not block.encoding.adaptive and block.are_numbers(ids, sizes):
-            return PerDistinctId(piece, shape)
-        if shape.bag == 1 and not block.encoding.may_skip and block.widths:
-            return OneEach(piece, shape)
-    return PerBag(piece, shape, pools)
+    for block in blocks:
+        block.check(cut)
+    if not stacked or cut.weighted:
+        return [PerBag(block, cut, pools(block.encoding)) for block in blocks]
+    ways: list[Way] = []
+    if len(cut.ids) >= DISTINCT_FROM and not cut.ids.is_cuda:
+        able = [block for block in blocks if not block.encoding.adaptive and block.are_numbers(cut)]
+        if any(len(block.widths) != 1 or not pools(block.encoding) for block in able):
+            ways.append(PerDistinctId(able, cut))
+            blocks = [block for block in blocks if block not in able]
+    if bare := [block for block in blocks if block.encoding.bare]:
+        ways.append(Bare(bare, cut))
+        blocks = [block for block in blocks if not block.encoding.bare]
+    each = [block for block in blocks if cut.bag == 1 and block.widths and not block.encoding.may_skip]
+    ways += [OneEach(block, cut) for block in each]
+    return ways + [PerBag(block, cut, pools(block.encoding)) for block in blocks if block not in each]
 
 
-class PerBag(Way):
-    """For every batch."""
+class Bare(Way):
+    """For vectors that are rows: all such features are one request."""
 
-    def __init__(self, piece: Piece, shape: Shape, pools: bool) -> None:
-        self.block, ids, self.lengths, self.weights, sizes = piece
-        self.shape, self.pools = shape, pools
-        self.rows = self.block.rows(ids, sizes)
-        bags = (self.lengths, self.weights) if pools else (None, None)
-        self.requests = self.block.requests(self.rows, sizes, *bags)
+    def __init__(self, blocks: Sequence[Block], cut: Cut) -> None:
+        self.stride, self.each = cut.stride, cut.bag == 1
+        self.places = sorted(place for block in blocks for place in block.places)
+        rows: dict[int, Tensor] = {}
+        for block in blocks:
+            sizes = cut.sizes_of(block.places)
+            placed = block.placed_rows(cut.ids_of(block.places), sizes).squeeze(-1)
+            rows |= zip(block.places, placed.split(sizes), strict=True)
+        together = placed if len(blocks) == 1 else torch.cat([rows[place] for place in self.places])
+        if self.each:
+            asked, lengths = together.view(len(self.places), -1).t().flatten(), None
+        else:
+            asked, lengths = together, cut.lengths_of(self.places)
+        self.requests = [Request(blocks[0].widths[0], asked, lengths)]
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
-        """Sums over bags [B, F, D]."""
-        if self.pools:
-            return self.block.combine(self.rows, answers, self.shape.stride)
-        each = self.block.combine(self.rows, answers, None)
-        return per_bag(self.block.pool(each, self.lengths, self.weights), self.shape.stride)
+        """Sums of rows [B, F, D]."""
+        sums = next(answers)
+        return sums.view(self.stride, len(self.places), -1) if self.each else per_bag(sums, self.stride)
 
 
 class OneEach(Way):
     """For bags of one id, whose vectors are those of the ids."""
 
-    def __init__(self, piece: Piece, shape: Shape) -> None:
-        self.block, ids, _, _, _ = piece
-        self.shape = shape
-        rows = self.block.rows_of_rows(ids, shape.stride)
-        widths = set(self.block.widths)
-        asked = [rows] if len(widths) == 1 else rows.unbind(-1)
-        self.requests = [
-            Request(width, part.flatten(), None) for width, part in zip(self.block.widths, asked, strict=False)
-        ]
+    def __init__(self, block: Block, cut: Cut) -> None:
+        self.block, self.places, self.stride = block, block.places, cut.stride
+        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
+        rows = rows.view(len(block.places), cut.stride, -1).transpose(0, 1)
+        asked = [rows] if len(set(block.widths)) == 1 else rows.unbind(-1)
+        self.requests = [Request(width, part.flatten(), None) for width, part in zip(block.widths, asked, strict=False)]
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """The ids' vectors [B, F, D]."""
-        shape = (self.shape.stride, len(self.block.features))
+        shape = (self.stride, len(self.places))
         found = [next(answers) for _ in self.requests]
         if len(found) < len(self.block.widths):
             parts: Sequence[Tensor] = found[0].view(*shape, len(self.block.widths), -1).unbind(2)
@@ -112,33 +123,59 @@ class OneEach(Way):
 
 
 class PerDistinctId(Way):
-    """For vectors that cost more than a row."""
+    """For vectors that cost more than a row; where a batch has any, all features that can go this way do."""
 
-    def __init__(self, piece: Piece, shape: Shape) -> None:
-        self.block, ids, self.lengths, _, sizes = piece
-        self.shape, self.total = shape, len(ids)
-        self.found = distinct(self._in_order(ids, sizes), self.block.cardinalities)
-        self.rows = self.block.rows(self.found.ids, self.found.sizes)
-        self.requests = self.block.requests(self.rows, self.found.sizes, None, None)
-
-    def _in_order(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Numbers of ids in the order of the vectors, where bags are alike; else feature after feature."""
-        starts = firsts(self.block.cardinalities)
-        if self.shape.bag is None:
-            counts = torch.tensor(sizes, device=ids.device)
-            return ids + starts.repeat_interleave(counts, output_size=len(ids))
-        numbers = ids.view(len(sizes), self.shape.stride, -1) + starts.view(-1, 1, 1)
-        return numbers.transpose(0, 1).flatten()
+    def __init__(self, blocks: Sequence[Block], cut: Cut) -> None:
+        self.blocks, self.cut = blocks, cut
+        self.places = sorted(place for block in blocks for place in block.places)
+        ids = cut.ids_of(self.places).numpy()
+        ends = dict(zip(self.places, accumulate(cut.sizes_of(self.places)), strict=True))
+        # Where each id of the batch stands among the distinct ones; bag after bag, where bags are alike.
+        self.at = np.empty(len(ids), dtype=np.int32)
+        by_feature = self.at.reshape(cut.stride, len(self.places), cut.bag) if cut.bag else None
+        self.rows: list[Tensor] = []
+        self.requests = []
+        count = 0
+        for block in blocks:
+            found: list[NDArray[np.int64]] = []
+            for place, feature in zip(block.places, block.features, strict=True):
+                here = slice(ends[place] - cut.sizes[place], ends[place])
+                each, at = distinct(ids[here], feature.num_ids)
+                if by_feature is None:
+                    self.at[here] = at + count
+                else:
+                    by_feature[:, self.places.index(place)] = (at + count).reshape(cut.stride, -1)
+                found.append(each)
+                count += len(each)
+            sizes = [len(each) for each in found]
+            self.rows.append(block.rows(torch.from_numpy(np.concatenate(found)), sizes))
+            self.requests += block.requests(self.rows[-1], sizes, None, None)
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """Sums over bags [B, F, D]."""
-        each = self.block.combine(self.rows, answers, None)
-        bag, order, device = self.shape.bag, self.found.order, each.device
+        each = [block.combine(rows, answers, None) for block, rows in zip(self.blocks, self.rows, strict=True)]
+        vectors, at = each[0] if len(each) == 1 else torch.cat(each), torch.from_numpy(self.at)
+        bag, stride = self.cut.bag, self.cut.stride
         if bag is None:
-            lengths = self.lengths.long()
-            bags = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=self.total)
-            sums = gathered(each, self.found, F.pad(lengths.cumsum(0), (1, 0)), bags[order])
-            return per_bag(sums, self.shape.stride)
-        offsets = torch.arange(0, self.total + 1, bag, dtype=torch.int32, device=device)
-        sums = gathered(each, self.found, offsets, order if bag == 1 else order // bag)
-        return sums.view(self.shape.stride, len(self.block.features), -1)
+            offsets = F.pad(self.cut.lengths_of(self.places).cumsum(0, dtype=torch.int32), (1, 0))
+            return per_bag(gathered(vectors, at, offsets), stride)
+        offsets = torch.arange(0, len(at) + 1, bag, dtype=torch.int32)
+        return gathered(vectors, at, offsets).view(stride, len(self.places), -1)
+
+
+class PerBag(Way):
+    """For every batch."""
+
+    def __init__(self, block: Block, cut: Cut, pools: bool) -> None:
+        self.block, self.places, self.stride, self.pools = block, block.places, cut.stride, pools
+        self.lengths, self.weights = cut.lengths_of(block.places), cut.weights_of(block.places)
+        sizes = cut.sizes_of(block.places)
+        self.rows = block.rows(cut.ids_of(block.places), sizes)
+        self.requests = block.requests(self.rows, sizes, *((self.lengths, self.weights) if pools else (None, None)))
+
+    def vectors(self, answers: Iterator[Tensor]) -> Tensor:
+        """Sums over bags [B, F, D]."""
+        if self.pools:
+            return self.block.combine(self.rows, answers, self.stride)
+        each = self.block.combine(self.rows, answers, None)
+        return per_bag(self.block.pool(each, self.lengths, self.weights), self.stride)

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtab.errors import UserError
-from embtab.models.layers import Linear
+from embtab.models.layers import Linear, linear
 
 CHUNK = 512  # rows whose attention is computed at a time on a CPU: what they need stays in its caches
 
@@ -57,27 +58,67 @@ class InteractingLayer(nn.Module):
         self.value = Linear(in_dim, out_dim, bias=False)
         self.residual = Linear(in_dim, out_dim, bias=False)
         self.norm = nn.LayerNorm(out_dim) if layer_norm else nn.Identity()
-        for linear in (self.query, self.key, self.value, self.residual):
-            nn.init.xavier_uniform_(linear.weight)
+        for each in (self.query, self.key, self.value, self.residual):
+            nn.init.xavier_uniform_(each.weight)
 
     def forward(self, x_bfd: Tensor) -> Tensor:
         """Lets every field look at every field: float [b, f, in_dim] -> float [b, f, out_dim]."""
-        q, k, v = (self._heads(layer(x_bfd)) for layer in (self.query, self.key, self.value))
-        seen = [_attend(q_bfw * self.scale, k_bfw, v_bfw) for q_bfw, k_bfw, v_bfw in zip(q, k, v, strict=True)]
+        # The scale is a factor of the matrix, which is smaller than what it is multiplied with.
+        q_bfd = linear(x_bfd, self.query.weight * self.scale)
+        q, k, v = (each.chunk(self.num_heads, dim=-1) for each in (q_bfd, self.key(x_bfd), self.value(x_bfd)))
+        seen = [attend(*head) for head in zip(q, k, v, strict=True)]
         out: Tensor = self.norm(F.relu(torch.cat(seen, dim=-1) + self.residual(x_bfd)))
         return out
 
-    def _heads(self, x_bfd: Tensor) -> Sequence[Tensor]:
-        return x_bfd.chunk(self.num_heads, dim=-1)
 
+def attend(q_bfw: Tensor, k_bfw: Tensor, v_bfw: Tensor) -> Tensor:
+    """softmax(q k^T) v of one head, written out: quicker than the kernels made for long sequences.
 
-def _attend(q_bfw: Tensor, k_bfw: Tensor, v_bfw: Tensor) -> Tensor:
-    """Attention of one head, written out: for some forty fields it is quicker than the kernels made for long sequences.
-
-    Measured on a CPU, 39 fields, heads of 16, forward and backward: 0.82 of scaled_dot_product_attention's time.
+    Measured on a CPU, 39 fields, heads of 16, forward and backward: 0.82 of scaled_dot_product_attention's time; with
+    `_Attend` the whole ranker takes 0.95 of its time without.
     """
-    weights_bff = torch.bmm(q_bfw, k_bfw.transpose(1, 2)).softmax(-1)
-    return torch.bmm(weights_bff, v_bfw)
+    if q_bfw.device.type == "cpu" and not torch.compiler.is_compiling():
+        out: Tensor = _Attend.apply(q_bfw, k_bfw, v_bfw)
+        return out
+    return torch.bmm(torch.bmm(q_bfw, k_bfw.transpose(1, 2)).softmax(-1), v_bfw)
+
+
+class _Attend(torch.autograd.Function):
+    """The softmax divided last: the [f, f] weights are only exponentials, and a column of ones in v gives their sums.
+
+    Exponentials are taken as they are, without the largest score subtracted; where that could be inexact, softmax is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_bfw: Tensor, k_bfw: Tensor, v_bfw: Tensor) -> Tensor:
+        weights_bff = torch.bmm(q_bfw, k_bfw.transpose(1, 2)).exp_()
+        sums_bfw = torch.bmm(weights_bff, _and_one(v_bfw))
+        least, most = sums_bfw[..., -1].aminmax()
+        if not (least > 1e-25 and most < 1e25):
+            weights_bff = torch.bmm(q_bfw, k_bfw.transpose(1, 2)).softmax(-1)
+            sums_bfw = torch.bmm(weights_bff, _and_one(v_bfw))
+        inverse_bf1 = sums_bfw[..., -1:].reciprocal()
+        out_bfw = sums_bfw[..., :-1] * inverse_bf1
+        ctx.save_for_backward(q_bfw, k_bfw, v_bfw, weights_bff, out_bfw, inverse_bf1)
+        return out_bfw
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_bfw: Tensor) -> tuple[Tensor, ...]:
+        q_bfw, k_bfw, v_bfw, weights_bff, out_bfw, inverse_bf1 = ctx.saved_tensors
+        of_sums_bfw = gradient_bfw * inverse_bf1
+        of_total_bf1 = -(of_sums_bfw * out_bfw).sum(-1, keepdim=True)
+        both_bfw = torch.cat([of_sums_bfw, of_total_bf1], dim=-1)
+        of_scores_bff = torch.bmm(both_bfw, _and_one(v_bfw).transpose(1, 2)).mul_(weights_bff)
+        return (
+            torch.bmm(of_scores_bff, k_bfw),
+            torch.bmm(of_scores_bff.transpose(1, 2), q_bfw),
+            torch.bmm(weights_bff.transpose(1, 2), of_sums_bfw),
+        )
+
+
+def _and_one(v_bfw: Tensor) -> Tensor:
+    return F.pad(v_bfw, (0, 1), value=1.0)
 
 
 class AutoInt(nn.Module):

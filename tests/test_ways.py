@@ -8,7 +8,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 from embtab import ways
-from embtab.distinct import distinct, firsts, gathered
+from embtab.distinct import distinct, gathered
 from embtab.errors import UserError
 
 ROWS = 6
@@ -53,13 +53,20 @@ tables_ways: list[ways.Way] = []
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes note of the ways that batches go."""
-    chosen = ways.way_of
+    chosen = ways.ways_of
 
-    def way_of(*arguments):
-        tables_ways.append(chosen(*arguments))
-        return tables_ways[-1]
+    def ways_of(*arguments):
+        found = chosen(*arguments)
+        assert sorted(place for way in found for place in way.places) == list(range(len(arguments[0].sizes)))
+        tables_ways.extend(found)
+        return found
 
-    monkeypatch.setattr("embtab.collections.way_of", way_of)
+    monkeypatch.setattr("embtab.collections.ways_of", ways_of)
+
+
+def plainly(cut, blocks, pools, stacked) -> list[ways.Way]:
+    """Every block on its own."""
+    return [ways.PerBag(block, cut, pools(block.encoding)) for block in blocks]
 
 
 @every_case
@@ -71,15 +78,13 @@ def test_every_way_gives_the_same_vectors_and_the_same_training(
     results = [trained(case, kind, seen)]
     monkeypatch.setattr(ways, "DISTINCT_FROM", 1)
     results.append(trained(case, kind, seen))
-    monkeypatch.setattr(
-        "embtab.collections.way_of", lambda piece, shape, pools, stacked: ways.PerBag(piece, shape, pools)
-    )
+    monkeypatch.setattr("embtab.collections.ways_of", plainly)
     plain = trained(case, kind, set())
     for result in results:
         for mine, other in zip(result, plain, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     if case.name == "dense":
-        assert seen == ({"OneEach"} if kind == "one id" else {"PerBag"})
+        assert seen == ({"Bare"})
     if case.name == "qr product":
         assert "PerDistinctId" in seen
 
@@ -97,6 +102,29 @@ def test_one_id_a_bag_reads_the_very_same_rows(taken: None) -> None:
         assert {type(way) for way in tables_ways} == {ways.PerBag}
     tables_ways.clear()
     assert torch.equal(quick, plain)
+
+
+@pytest.mark.parametrize("kind", ["one id", "three ids", "ragged"])
+@pytest.mark.parametrize("distinct_from", [1, 10**6])
+def test_the_keys_of_a_batch_may_come_in_any_order_and_among_others(kind, distinct_from, monkeypatch) -> None:
+    """With methods whose features are computed in another order than the plan's."""
+    monkeypatch.setattr(ways, "DISTINCT_FROM", distinct_from)
+    method = {"shop": "dense", "user": "qr", "items": "hash", "*": "unified"}
+    tables = et.EmbeddingBagCollection(et.plan(FEATURES, method, "0.4x", DIM), init_std=1.0)
+    given = batch(kind)
+    lengths = given.lengths().view(len(NAMES), ROWS)
+    order = [3, 0, 4, 2, 1]
+    more = torch.arange(ROWS)
+    values = torch.cat(
+        [given[NAMES[i]].values() for i in order[:2]] + [more] + [given[NAMES[i]].values() for i in order[2:]]
+    )
+    counts = torch.cat([lengths[order[:2]].flatten(), torch.ones(ROWS).long(), lengths[order[2:]].flatten()])
+    keys = [*(NAMES[i] for i in order[:2]), "other", *(NAMES[i] for i in order[2:])]
+    with torch.no_grad():
+        found = tables.vectors(KeyedJaggedTensor(keys, values, lengths=counts))
+        torch.testing.assert_close(found, tables.vectors(given))
+        monkeypatch.setattr("embtab.collections.ways_of", plainly)
+        torch.testing.assert_close(found, tables.vectors(given))
 
 
 def test_ids_that_are_no_numbers_of_a_vocabulary_go_the_plain_way(monkeypatch: pytest.MonkeyPatch, taken: None) -> None:
@@ -123,36 +151,27 @@ def test_every_way_refuses_ids_out_of_range(kind: str, method: str, bad: int, mo
         tables.vectors(KeyedJaggedTensor(NAMES, values, lengths=given.lengths()))
 
 
-@pytest.mark.parametrize("limit", [1, 2**40], ids=["packed", "too large to pack"])
-def test_distinct_ids_are_those_of_numpy(limit: int) -> None:
-    rng = np.random.default_rng(0)
-    cardinalities = torch.tensor([5, 1, 1000 * limit])
-    per_feature = [rng.integers(0, n, 50) for n in (5, 1, 30)]
-    numbers = np.concatenate(
-        [ids + first for ids, first in zip(per_feature, firsts(cardinalities).numpy(), strict=True)]
-    )
-    numbers = numbers[rng.permutation(len(numbers))]
-    found = distinct(torch.from_numpy(numbers), cardinalities)
-    unique, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
-    assert found.sizes == [len(np.unique(ids)) for ids in per_feature]
-    assert found.ids.tolist() == [i for ids in per_feature for i in np.unique(ids)]
-    np.testing.assert_array_equal(found.places.numpy(), inverse)
-    np.testing.assert_array_equal(found.starts.diff().numpy(), counts)
-    np.testing.assert_array_equal(numbers[found.order.numpy()], np.repeat(unique, counts))
+@pytest.mark.parametrize("spare", [1, 10**6], ids=["marked", "sorted"])
+def test_distinct_ids_are_those_of_numpy(spare: int) -> None:
+    ids = np.random.default_rng(0).integers(0, 60, 100)
+    found, places = distinct(ids, 60 * spare)
+    unique, inverse = np.unique(ids, return_inverse=True)
+    np.testing.assert_array_equal(found, unique)
+    np.testing.assert_array_equal(places, inverse)
+    assert places.dtype == np.int32
 
 
 def test_gathered_is_an_embedding_bag_and_so_is_its_gradient() -> None:
     torch.manual_seed(0)
     lengths = torch.tensor([3, 0, 1, 4])
-    found = distinct(torch.tensor([2, 2, 0, 5, 1, 5, 5, 2]), torch.tensor([6]))
-    vectors = torch.randn(len(found.ids), 3, requires_grad=True)
-    offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
+    found, at = distinct(np.array([2, 2, 0, 5, 1, 5, 5, 2]), 6)
+    places, vectors = torch.from_numpy(at), torch.randn(len(found), 3, requires_grad=True)
+    offsets = torch.cat([torch.zeros(1).int(), lengths.cumsum(0).int()])
     bags = torch.arange(4).repeat_interleave(lengths)
-    sums = gathered(vectors, found, offsets, bags[found.order])
-    each = vectors.detach()[found.places.long()].requires_grad_()
-    expected = torch.zeros(4, 3).index_add(0, bags, each)
-    torch.testing.assert_close(sums, expected)
+    sums = gathered(vectors, places, offsets)
+    each = vectors.detach()[places.long()]
+    torch.testing.assert_close(sums, torch.zeros(4, 3).index_add(0, bags, each))
     gradient = torch.randn(4, 3)
     sums.backward(gradient)
-    wanted = torch.zeros(len(found.ids), 3).index_add(0, found.places.long(), gradient[bags])
+    wanted = torch.zeros(len(found), 3).index_add(0, places.long(), gradient[bags])
     torch.testing.assert_close(vectors.grad, wanted)

@@ -16,6 +16,7 @@ from embtab.bench.timing import Arm, Stopwatch
 from embtab.bench.workload import Case
 from embtab.collections import EmbeddingBagCollection
 from embtab.commands.parser import read_option
+from embtab.errors import UserError
 from embtab.lookup import Optimizer
 from embtab.planning import plan
 
@@ -40,8 +41,10 @@ class Tables:
     module: nn.Module
 
 
-def make_tables(name: str, case: Case, budget: str, optimizer: str, device: torch.device) -> Tables:
-    """Tables by name: "torchrec", "nn.EmbeddingBag", or a method of ours such as "qr" or "qr:op=sum".
+def make_tables(
+    name: str, case: Case, budget: str, optimizer: str, device: torch.device, precision: str = "fp32"
+) -> Tables:
+    """Tables by name: "torchrec", "nn.EmbeddingBag", or a method of ours such as "qr", "qr:op=sum" or "hash+compiled".
 
     Args:
         name: of the arm.
@@ -49,15 +52,24 @@ def make_tables(name: str, case: Case, budget: str, optimizer: str, device: torc
         budget: of a method that compresses.
         optimizer: fused into backward; outside, for nn.EmbeddingBag, SGD takes its place.
         device: where the tables live.
+        precision: of a method's rows in serving.
+
+    Raises:
+        UserError: for a name that says none of these.
     """
     if name == TORCHREC:
         return _torchrec(case, optimizer, device)
     if name == TORCH:
         return _torch(case, device)
+    name, _, compiled = name.partition("+")
+    if compiled not in ("", "compiled"):
+        raise UserError(f"arm {name}+{compiled}: a method may be followed by +compiled only")
     method, _, options = name.partition(":")
     chosen = {"name": method} | dict(read_option(option) for option in options.split(",") if option)
-    planned = plan(case.features, chosen, None if method == "dense" else budget, case.dim)
+    planned = plan(case.features, chosen, None if method == "dense" else budget, case.dim, precision=precision)
     tables = EmbeddingBagCollection(planned, optimizer=Optimizer(optimizer, LR), device=device)
+    if compiled:
+        tables.compile_rows()
     return Tables(lambda batch: tables(batch).values(), _nothing, tables)
 
 

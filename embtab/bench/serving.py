@@ -1,43 +1,118 @@
-"""Requests answered: tables and a small ranker in evaluation mode."""
+"""Requests answered: tables and a small ranker, as trained, as an ONNX program, and by quantised kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab.bench.lookups import make_tables
 from embtab.bench.timing import Arm, Stopwatch
 from embtab.bench.workload import Case, numeric
+from embtab.bundle import save
+from embtab.collections import EmbeddingBagCollection
+from embtab.errors import UserError
+from embtab.reader import Bundle
+from embtab.serving.exported import kind_of
+from embtab.serving.quantised import QuantisedTables
+from embtab.serving.ranker import Ranker
+
+FORMS = ("onnx", "quantised")
+Inputs = dict[str, np.ndarray]
+
+
+class SmallRanker(nn.Module):
+    """An MLP of 128-64 units over the vectors and 13 numbers, called as AutoInt is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            *(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
+        )
+
+    def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:
+        """Probabilities [B] from numbers [B, 13] and vectors [B, F, D]."""
+        ranked: Tensor = self.mlp(torch.cat([dense, embeddings.flatten(1)], dim=1))
+        return ranked.squeeze(1)
 
 
 def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, device: torch.device) -> dict[str, Arm]:
-    """Lookup and an MLP of 128-64 units over the vectors and 13 numbers, by each kind of tables.
+    """The whole ranker, by each kind of tables.
 
     Args:
-        names: of tables, as `make_tables` takes them.
-        case: of one request.
-        budget: of methods that compress.
+        names: of tables, as `make_tables` takes them, in evaluation mode; or of a method followed by "@onnx" (an ONNX
+            program under ONNX Runtime, one thread) or "@quantised" (rows in int8 in fbgemm's inference kernels).
+        case: of one request; bags of one id for the two forms of serving.
+        budget: of methods that compress, in the precision that is served.
         optimizer: which the tables were trained by.
-        device: where requests are answered.
+        device: where requests are answered; those two forms are for CPUs.
+
+    Raises:
+        UserError: for another form, or one that does not take the case.
     """
     batches, dense = case.batches(8, device), [x for x, _ in numeric(case, 8, device)]
     torch.manual_seed(0)
-    width = 13 + case.dim * len(case.features)
-    mlp = nn.Sequential(
-        *(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
-    ).to(device)
+    model = SmallRanker(13 + case.dim * len(case.features)).to(device).eval()
 
-    def arm(name: str) -> Arm:
+    def trained(name: str) -> Arm:
         tables = make_tables(name, case, budget, optimizer, device)
         tables.module.eval()
 
         def turn(i: int, watch: Stopwatch) -> None:
             with torch.no_grad():
-                mlp(torch.cat([dense[i % 8], tables.forward(batches[i % 8])], dim=1))
+                model(dense[i % 8], tables.forward(batches[i % 8]))
             watch.lap()
 
         return turn
 
-    return {name: arm(name) for name in names}
+    def served(name: str, form: str) -> Arm:
+        if form not in FORMS or case.bag != 1 or device.type != "cpu":
+            raise UserError(f"arm {name}@{form}: forms are {', '.join(FORMS)}, for bags of one id on a CPU")
+        answer = _program(name, form, model, case, budget, optimizer)
+        given = [_inputs(ids, x) for ids, x in zip(batches, dense, strict=True)]
+
+        def turn(i: int, watch: Stopwatch) -> None:
+            answer(given[i % 8])
+            watch.lap()
+
+        return turn
+
+    return {name: served(*name.split("@", 1)) if "@" in name else trained(name) for name in names}
+
+
+def _program(
+    name: str, form: str, model: SmallRanker, case: Case, budget: str, optimizer: str
+) -> Callable[[Inputs], object]:
+    """What answers a request from its inputs by name."""
+    tables = make_tables(name, case, budget, optimizer, torch.device("cpu"), "int8" if form == "quantised" else "fp32")
+    if not isinstance(tables.module, EmbeddingBagCollection):
+        raise UserError(f"arm {name}@{form}: only a method of embtab is served so")
+    single = [feature.name for feature in case.features]
+    with tempfile.TemporaryDirectory() as scratch:
+        save(tables.module, Path(scratch) / "bundle")
+        bundle = Bundle(Path(scratch) / "bundle")
+        ranker = Ranker(bundle, model, num_dense=13, single=single)
+        if form == "onnx":
+            onnx, file = kind_of("onnx"), Path(scratch) / "model.onnx"
+            rows = replace(case, batch=3)  # whatever a request has: its length is left open
+            example = _inputs(rows.batches(1, torch.device("cpu"))[0], numeric(rows, 1, torch.device("cpu"))[0][0])
+            onnx.write(ranker, {key: torch.from_numpy(array) for key, array in example.items()}, file)
+            return onnx.load(file)
+        ranker.tables = QuantisedTables(bundle, single=single)
+
+    @torch.no_grad()
+    def answer(inputs: Inputs) -> Tensor:
+        return ranker({key: torch.from_numpy(array) for key, array in inputs.items()})["logits"]
+
+    return answer
+
+
+def _inputs(ids: KeyedJaggedTensor, dense: Tensor) -> dict[str, np.ndarray]:
+    """A request as a program takes it."""
+    return {"dense": dense.numpy(), **{f"ids.{key}": ids[key].values().numpy() for key in ids.keys()}}  # noqa: SIM118

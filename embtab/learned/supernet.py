@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embtab.blocks import per_bag, pieces_of
+from embtab.blocks import per_bag
 from embtab.collections import EmbeddingBagCollection
+from embtab.cut import Cut
 from embtab.features import Feature, id_spaces
 from embtab.lookup import Optimizer
 from embtab.planning import plan
@@ -100,16 +101,17 @@ class Supernet(EmbeddingBagCollection):
 
     def vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """[B, F, D], features in plan order."""
-        batch = self._arranged(features)
-        ((block, ids, lengths, weights, sizes),) = pieces_of(batch, self._each_block())
+        cut, (block,) = Cut(features, self.names), self._each_block()
+        block.check(cut)
+        ids, sizes = cut.ids, cut.sizes
         (request,) = block.requests(block.rows(ids, sizes), sizes, None, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
             (rows,) = self.lookup([request])
         counts = torch.tensor(sizes, device=ids.device)
         spaces = self.get_buffer("owners").repeat_interleave(counts, output_size=len(ids))
         each = self.gate(rows, request.rows, spaces)
-        sums = per_bag(block.pool(each, lengths, weights), batch.stride())
-        return self.gate.pooled(block.divide(sums, lengths))
+        sums = per_bag(block.pool(each, cut.lengths, cut.weights_of(block.places)), cut.stride)
+        return self.gate.pooled(self._divided(sums, cut))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -173,6 +173,8 @@ class Encoding(ABC):
     method: ClassVar[str]
     adaptive: ClassVar[bool] = False
     """Whether the method reorganises itself while it is trained, by `observe`, `due` and `adapt`."""
+    bare: ClassVar[bool] = False
+    """Whether a vector is one row of width D as it stands, so that `combine` has nothing to do."""
 
     @property
     def linear(self) -> bool:

@@ -60,6 +60,7 @@ class CAFE(Encoding):
     every: int
 
     method: ClassVar[str] = "cafe"
+    bare: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True
 
     def constants(self) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ class Dense(Encoding):
     """The id is the row."""
 
     method: ClassVar[str] = "dense"
+    bare: ClassVar[bool] = True
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """None are needed."""

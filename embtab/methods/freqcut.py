@@ -43,6 +43,7 @@ class FreqCut(Encoding):
     num_rows: int
 
     method: ClassVar[str] = "freqcut"
+    bare: ClassVar[bool] = True
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """The seed, the number of hot ids and the number of rows that the others share."""

@@ -45,14 +45,14 @@ class QR(Encoding):
         return (self.op,)
 
     def constants(self) -> dict[str, tuple[int, ...]]:
-        """Both parts as (id // stride) % modulus: the quotient, then the remainder."""
-        assert self.num_ids is not None
-        return {"stride": (self.collisions, 1), "modulus": (-(-self.num_ids // self.collisions), self.collisions)}
+        """What the quotient and the id are multiplied by, to give the quotient and the remainder."""
+        c = self.collisions
+        return {"collisions": (c,), "quotients": (1, -c), "ids": (0, 1)}
 
     @staticmethod
     def rows(ids: Array, c: Mapping[str, Array]) -> Array:
-        """Quotient and remainder, by exact integer division."""
-        return (ids // c["stride"]) % c["modulus"]
+        """Quotient, and remainder as id - quotient * collisions, by one exact integer division."""
+        return (ids // c["collisions"]) * c["quotients"] + ids * c["ids"]
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """Concatenation, sum or product of the two rows."""

@@ -45,7 +45,7 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
     except ImportError:
         raise _missing() from None
     program = captured(module, example)
-    _renamed(program)
+    _named_shifts(program)
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -57,7 +57,10 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
-                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+                custom_translation_table={
+                    torch.ops.aten.sort.stable: _stable_sort,
+                    torch.ops.embtab.logical_right_shift.default: _logical_right_shift,
+                },
                 input_names=module.inputs(),
                 output_names=module.outputs(),
             )
@@ -67,16 +70,54 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
         made.save(path, external_data=size > MAX_INSIDE)
 
 
-def _renamed(program: torch.export.ExportedProgram) -> None:
-    """Calls shifts by a tensor what the exporter knows them as; it takes only one of torch's two names for each."""
+@torch.library.custom_op("embtab::logical_right_shift", mutates_args=())
+def logical_right_shift(values: Tensor, by: int) -> Tensor:
+    """Shifts int64 patterns to the right and fills up with zeros; for exported programs only."""
+    return (values >> by) & ((1 << (64 - by)) - 1)
+
+
+@logical_right_shift.register_fake
+def _(values: Tensor, by: int) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _named_shifts(program: torch.export.ExportedProgram) -> None:
+    """Calls shifts by a tensor what the exporter knows them as; it takes only one of torch's two names for each.
+
+    ONNX has shifts of unsigned numbers only: a signed one takes seven nodes, and where a mask cuts off what the sign
+    would fill in, as in every hash, three do.
+    """
     aten = torch.ops.aten
     known = {
         aten.__rshift__.Tensor: aten.bitwise_right_shift.Tensor,
         aten.__lshift__.Tensor: aten.bitwise_left_shift.Tensor,
     }
     for node in program.graph.nodes:
+        if node.target == aten.__rshift__.Scalar and _sign_is_cut_off(node):
+            node.target = torch.ops.embtab.logical_right_shift.default
         node.target = known.get(node.target, node.target)
     program.graph_module.recompile()
+
+
+def _sign_is_cut_off(shift: torch.fx.Node) -> bool:
+    """Whether all that reads a shift of int64 is a mask without the bits that are filled in."""
+    values, by = shift.args
+    masks = {torch.ops.aten.bitwise_and.Scalar, torch.ops.aten.__and__.Scalar}
+    return values.meta["val"].dtype == torch.int64 and all(  # type: ignore[union-attr]
+        user.target in masks and 0 <= user.args[1] < 1 << (64 - by)  # type: ignore[operator]
+        for user in shift.users
+    )
+
+
+def _logical_right_shift(values: Any, by: int) -> Any:
+    """The same in ONNX."""
+    import onnx
+    from onnxscript import opset20
+
+    op: Any = opset20
+    unsigned = op.Cast(values, to=onnx.TensorProto.UINT64)
+    distance = op.Cast(op.Constant(value_int=by), to=onnx.TensorProto.UINT64)
+    return op.Cast(op.BitShift(unsigned, distance, direction="RIGHT"), to=onnx.TensorProto.INT64)
 
 
 def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:

@@ -75,7 +75,7 @@ class QuantisedTables(ServedTables):
         names = [feature.name for feature in group.features]
         ids = [inputs[f"ids.{name}"] for name in names]
         sizes = [len(each) for each in ids]
-        rows, arrays = self.rows(group, torch.cat(ids), sizes)
+        rows, arrays = self.rows(group, torch.cat(ids).unsqueeze(1), sizes)
         offsets = [inputs[f"offsets.{name}"] for name in names]
         lengths = torch.cat([each.diff() for each in offsets])
         weights = _weights(names, inputs)
@@ -87,21 +87,24 @@ class QuantisedTables(ServedTables):
         pieces = _cut(sums, [len(each) - 1 for each in offsets])
         return {f"vectors.{name}": part for name, part in zip(names, pieces, strict=True)}
 
-    def rows(self, group: Group, ids: Tensor, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def rows(self, group: Group, ids: Tensor, sizes: Sequence[int] | None) -> tuple[Tensor, dict[str, Tensor]]:
         """As its parent's; ids out of range are refused here, since the kernels look at no bounds.
 
         Raises:
             UserError: when an id is out of range.
         """
-        limit = group.encoding.num_ids
-        if limit is not None:
-            for feature, own in zip(group.features, ids.split(list(sizes)), strict=True):
-                outside = (own < 0) | (own >= feature.num_ids)
-                if bool(outside.any()):
-                    raise UserError(
-                        f"feature {feature.name!r}: id {int(own[outside][0])} is outside [0, {feature.num_ids})"
-                    )
+        if group.encoding.num_ids is not None:
+            outside = (ids < 0) | (ids >= self._constant(group.limits, sizes))
+            if bool(outside.any()):
+                self._refuse(group, ids, outside, sizes)
         return super().rows(group, ids, sizes)
+
+    def _refuse(self, group: Group, ids: Tensor, outside: Tensor, sizes: Sequence[int] | None) -> None:
+        lengths = [ids.shape[-1]] * len(group.features) if sizes is None else list(sizes)
+        parts = ids.flatten().split(lengths), outside.flatten().split(lengths)
+        for feature, own, bad in zip(group.features, *parts, strict=True):
+            if bool(bad.any()):
+                raise UserError(f"feature {feature.name!r}: id {int(own[bad][0])} is outside [0, {feature.num_ids})")
 
 
 class QuantisedCollection(nn.Module):

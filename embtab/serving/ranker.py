@@ -81,6 +81,8 @@ class Ranker(nn.Module):
 
     def forward(self, inputs: Inputs) -> dict[str, Tensor]:
         """Logits [B] of a click."""
+        if self.layout is None:
+            return {"logits": self._pooled(inputs, self.tables.stacked(inputs))}
         attention = None if self.attention is None else _by_feature(self.attention(inputs))
         return {"logits": self.ranked(inputs, _by_feature(self.tables(inputs)), attention)}
 
@@ -89,15 +91,18 @@ class Ranker(nn.Module):
     ) -> Tensor:
         """Logits [B] from the vectors of every feature: [B, D], or [N, D] of a history."""
         if self.layout is None:
-            stacked = torch.stack(list(vectors.values()), dim=1)
-            logits: Tensor = self.model(self._dense(inputs, stacked), stacked)
-            return logits
+            return self._pooled(inputs, torch.stack(list(vectors.values()), dim=1))
         events = [self._events(inputs, each) for each in (vectors, attention) if each is not None]
         others = [vectors[feature.name] for feature in self.layout.others]
         first = events[0].target
         side = torch.stack(others, dim=1) if others else first.new_zeros(first.shape[0], 0, first.shape[2])
         ranked: Tensor = self.model(self._dense(inputs, first), side, *events)
         return ranked
+
+    def _pooled(self, inputs: Inputs, stacked: Tensor) -> Tensor:
+        """Logits [B] from the vectors [B, F, D] of features that have one a row."""
+        logits: Tensor = self.model(self._dense(inputs, stacked), stacked)
+        return logits
 
     def _events(self, inputs: Inputs, vectors: Mapping[str, Tensor]) -> Events:
         assert self.layout is not None

@@ -85,6 +85,10 @@ class ServedTables(nn.Module):
             key = (type(encoding), encoding.variant, encoding.num_ids is None, stacks, alone, bagged, feature.pooling)
             grouped.setdefault(key if bagged else key[:-1], []).append(feature)
         self.groups = [self._group(bundle, members) for members in grouped.values()]
+        self.names = [feature.name for feature in self.plan.features]
+        computed = [feature.name for group in self.groups for feature in group.features]
+        self.is_mixed = computed != self.names
+        self.register_buffer("order", torch.tensor([computed.index(name) for name in self.names]))
 
     def _stacked(self, bundle: Bundle) -> tuple[dict[str, str], dict[str, int]]:
         """The stack that each table is in, and its first row there."""
@@ -154,6 +158,28 @@ class ServedTables(nn.Module):
             found |= self._outputs(group, inputs)
         return {name: found[name] for name in self.outputs()}
 
+    def stacked(self, inputs: Inputs) -> Tensor:
+        """float32 [B, F, D], features in plan order: all vectors of B rows at once.
+
+        Where every feature has one id in every row, ids are stacked first, so that a batch is a handful of operations
+        whatever the number of features.
+
+        Args:
+            inputs: as of `forward`; every feature must have a vector a row.
+        """
+        if not self.single.issuperset(self.names):
+            return torch.stack(list(self(inputs).values()), dim=1)
+        vectors = [self._of_rows(group, inputs) for group in self.groups]
+        joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
+        return joined.index_select(1, self.get_buffer("order")) if self.is_mixed else joined
+
+    def _of_rows(self, group: Group, inputs: Inputs) -> Tensor:
+        """float32 [B, F, D] of a group whose features have one id in every row."""
+        ids = torch.cat([inputs[f"ids.{feature.name}"] for feature in group.features])
+        # Long runs last: an operation of [F, K, B] and a constant of a few numbers is quick in every runtime.
+        rows, arrays = self.rows(group, ids.view(len(group.features), 1, -1), None)
+        return group.encoding.combine(self.parts(group, rows.permute(2, 0, 1)), arrays)
+
     def _outputs(self, group: Group, inputs: Inputs) -> dict[str, Tensor]:
         names = [feature.name for feature in group.features]
         ids = [inputs[f"ids.{name}"] for name in names]
@@ -168,35 +194,56 @@ class ServedTables(nn.Module):
 
     def vectors(self, group: Group, ids: Tensor, sizes: Sequence[int]) -> Tensor:
         """float32 [N, D]: the vectors of ids [N] of a group's features, which have as many ids each as `sizes` says."""
-        rows, arrays = self.rows(group, ids, sizes)
+        rows, arrays = self.rows(group, ids.unsqueeze(1), sizes)
         return group.encoding.combine(self.parts(group, rows), arrays)
 
-    def rows(self, group: Group, ids: Tensor, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """int64 [N, K]: where each part stands in its stack, -1 for a part that is not there; and the arrays."""
-        encoding, ids = group.encoding, ids.unsqueeze(1)
-        constants = {name: _spread(self.get_buffer(place), sizes) for name, place in group.constants.items()}
+    def rows(self, group: Group, ids: Tensor, sizes: Sequence[int] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """int64 [N, K]: where each part stands in its stack, -1 for a part that is not there; and the arrays.
+
+        Args:
+            group: the features.
+            ids: int64 [N, 1], feature after feature; or [F, 1, B], for rows [F, K, B].
+            sizes: how many ids each feature has; None for [F, 1, B].
+        """
+        encoding = group.encoding
+        constants = {name: self._constant(place, sizes) for name, place in group.constants.items()}
         arrays = {name: self.get_buffer(place) for name, place in group.arrays.items()}
         if encoding.num_ids is None:
             rows = encoding.rows(ids, constants | arrays)
         else:
-            outside = (ids < 0) | (ids >= _spread(self.get_buffer(group.limits), sizes))
-            rows = encoding.rows(torch.where(outside, NO_ROW, ids), constants | arrays)
-            rows = torch.where(outside, NO_ROW, rows)
+            outside = (ids < 0) | (ids >= self._constant(group.limits, sizes))
+            inside = torch.where(outside, NO_ROW, ids) if arrays else ids  # arrays are read at ids
+            rows = torch.where(outside, NO_ROW, encoding.rows(inside, constants | arrays))
         if not group.stacks:
             return rows, arrays
-        shifted = rows + _spread(self.get_buffer(group.bases), sizes)
+        shifted = rows + self._constant(group.bases, sizes)
         return torch.where(rows < 0, -1, shifted) if encoding.may_skip else shifted, arrays
 
+    def _constant(self, place: str, sizes: Sequence[int] | None) -> Tensor:
+        """A constant of every feature, for ids as `rows` takes them."""
+        constants = self.get_buffer(place)
+        return constants.unsqueeze(-1) if sizes is None else _spread(constants, sizes)
+
     def parts(self, group: Group, rows: Tensor) -> Sequence[Tensor]:
-        """The K parts [N, W] of vectors, read from their tables."""
+        """The K parts [..., W] of vectors, read from their tables at rows [..., K]."""
+        if len(set(group.stacks)) == 1 and not group.encoding.may_skip:  # in one go
+            alone = len(group.stacks) == 1
+            read = self._read(group.stacks[0], rows.squeeze(-1) if alone else rows)
+            return [read] if alone else read.unbind(-2)
         parts = []
         for k, stack in enumerate(group.stacks):
-            table, asked = self.get_submodule(stack), rows[:, k]
+            asked = rows[..., k]
             if group.encoding.may_skip:  # a part that is not there is zero
-                parts.append(torch.where((asked >= 0).unsqueeze(1), table(asked.clamp(min=0)), 0.0))
+                read = self._read(stack, asked.clamp(min=0))
+                parts.append(torch.where((asked >= 0).unsqueeze(-1), read, 0.0))
             else:
-                parts.append(table(asked))
+                parts.append(self._read(stack, asked))
         return parts or [rows]
+
+    def _read(self, stack: str, rows: Tensor) -> Tensor:
+        """[..., W]: rows [...] of a stack."""
+        read: Tensor = self.get_submodule(stack)(rows.flatten())
+        return read if rows.dim() == 1 else read.view(-1, *rows.shape[1:], read.shape[1])
 
 
 def _weights(names: Sequence[str], inputs: Inputs) -> Tensor | None:

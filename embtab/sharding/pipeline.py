@@ -148,8 +148,8 @@ class LookAhead:
         while sent is not None:
             self.next = self.sender.send(source)
             sent.arrive()
-            self.current, ids, ways = sent.beside
-            self.tables.prepared = (ids, ways, sent)
+            self.current, ids, asked = sent.beside
+            self.tables.prepared = (ids, asked, sent)
             yield self.current
             sent = self.next
 
@@ -163,9 +163,9 @@ class LookAhead:
             here = move_data_to_device(batch, self.device)
             ids = ids_of(here)
             with torch.no_grad():
-                ways, requests = self.tables.asked(ids)
-                questions = self.tables.lookup.questions(requests)  # type: ignore[operator]
-            yield Sent(requests, questions, (here, ids, ways))
+                asked = self.tables.asked(ids)
+                questions = self.tables.lookup.questions(asked.requests)  # type: ignore[operator]
+            yield Sent(asked.requests, questions, (here, ids, asked))
 
 
 class Through:

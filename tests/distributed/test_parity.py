@@ -21,6 +21,7 @@ MORE = [
     ("adagrad", "data_parallel"),
 ]
 NAMES = [case.name for case in sharded.ALL]
+EXACT = [name for name in NAMES if name != "dhe"]  # whose decoder rounds whatever it reads
 FEW = ["qr product", "mixed", "cafe soon", "cce soon"]
 
 
@@ -45,7 +46,7 @@ def exactly_alone(name: str, optimizer: str):
 
 @cache
 def exactly(folder: Path):
-    sharded.spawn(sharded.run_exact, 2, str(folder), [(name, *pair) for name in NAMES for pair in PAIRS])
+    sharded.spawn(sharded.run_exact, 2, str(folder), [(name, *pair) for name in EXACT for pair in PAIRS])
     return torch.load(folder / "exact.pt", weights_only=True)
 
 
@@ -82,11 +83,12 @@ def check_exactly(results: dict, name: str, optimizer: str, plan: str, folder: P
     losses, tables = results[name, optimizer, plan]
     wanted_losses, wanted = exactly_alone(name, optimizer)
     assert tables.keys() == wanted.keys()
-    assert len(set(losses)) == len(losses), "nothing was learned"
-    if optimizer != "sgd" or name == "dhe":  # roots, quotients and DHE's codes are rounded whatever the tables hold
-        torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted_losses), rtol=1e-6, atol=1e-7)
+    if optimizer != "sgd":  # roots and quotients are rounded, in the last place
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted_losses), rtol=1.2e-7, atol=1.2e-7)
         for key, table in wanted.items():
-            torch.testing.assert_close(tables[key], table, rtol=1e-6, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(
+                tables[key], table, rtol=1.2e-7, atol=1.2e-7, msg=lambda m, key=key: f"{key}: {m}"
+            )
         return
     assert losses == wanted_losses
     for key, table in wanted.items():
@@ -100,7 +102,7 @@ def check_exactly(results: dict, name: str, optimizer: str, plan: str, folder: P
 
 
 @pytest.mark.parametrize(("optimizer", "plan"), PAIRS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXACT)
 def test_without_rounding_two_processes_are_one_bit_by_bit(folder, tmp_path, monkeypatch, name, optimizer, plan):
     check_exactly(exactly(folder), name, optimizer, plan, tmp_path, monkeypatch)
 
@@ -110,7 +112,7 @@ def test_without_rounding_two_processes_are_one_bit_by_bit(folder, tmp_path, mon
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_without_rounding_any_number_of_processes_is_one(tmp_path, monkeypatch, world_size, plan):
     optimizers = ["sgd", "adagrad", *(["rowwise_adagrad"] if plan != "column_wise" else [])]
-    runs = [(name, optimizer, plan) for name in NAMES for optimizer in optimizers]
+    runs = [(name, optimizer, plan) for name in EXACT for optimizer in optimizers]
     sharded.spawn(sharded.run_exact, world_size, str(tmp_path), runs)
     results = torch.load(tmp_path / "exact.pt", weights_only=True)
     for run in runs:

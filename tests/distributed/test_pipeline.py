@@ -70,10 +70,10 @@ def test_every_tensor_of_a_batch_is_kept_for_the_stream_that_uses_it():
     tables = et.EmbeddingBagCollection(et.plan([et.Feature("item", 1000)], "qr", "0.5x", dim=8))
     bags, _ = sharded.batches(0, 1)[1]
     bags = type(bags)(["item"], bags.values()[:4], weights=torch.ones(4), lengths=torch.tensor([2, 2]))
-    ways, requests = tables.asked(bags)
-    kept = memory(tensors_of([ways, list(requests), bags]))
-    ((piece, way),) = ways
-    wanted = [piece[1], way.rows, requests[0].rows, bags.values(), bags.lengths(), bags.weights()]
+    asked = tables.asked(bags)
+    kept = memory(tensors_of([asked, bags]))
+    (way,) = asked.ways
+    wanted = [asked.cut.ids, way.rows, asked.requests[0].rows, bags.values(), bags.lengths(), bags.weights()]
     assert memory(wanted) <= kept
     assert not kept & memory(tables.state_dict(keep_vars=True).values()), "these live on anyway"
 
