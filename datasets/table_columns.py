@@ -36,6 +36,7 @@ _FIXES = {
     "split": "write text or whole numbers",
 }
 _NULLS = "nulls only"  # the kind of a column without any value, which goes with every other
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _ISO = ("%Y-%m-%dT%H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
 
 
@@ -150,11 +151,13 @@ class Stager:
         else:
             moments = given
         if moments.dtype == pl.Date:
-            moments = moments.cast(pl.Datetime("us"))
+            moments = moments.cast(pl.Datetime("ms"))  # which holds every date; microseconds do not
+        elif moments.dtype != pl.Datetime:
+            moments = moments.cast(pl.Int64 if moments.dtype.is_integer() else pl.Float64, strict=False)
         if isinstance(moments.dtype, pl.Datetime) and moments.dtype.time_zone is not None:
             moments = moments.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         rule = f"must be a time written as {time.format}" if time.format else "must be a number or ISO 8601"
-        wrong = moments.is_null() | (moments.is_nan() if moments.dtype.is_float() else False)
+        wrong = moments.is_null() | (~(moments.abs() < 2**63) if moments.dtype.is_float() else False)
         _refuse(piece, time.column, wrong, rule, show=True)
         dates = moments.dtype == pl.Datetime
         if self.dates is not None and self.dates != dates and piece.rows.height:
@@ -166,8 +169,8 @@ class Stager:
         """What rows are shared out by, Float64: rounding may join moments, never change their order."""
         height, way = piece.rows.height, self.roles.split
         if way.by == "time" and moments is not None:
-            moments = moments.cast(pl.Int64) if moments.dtype == pl.Datetime else moments
-            return moments.cast(pl.Float64)
+            scale = 1e6 / _PER_SECOND[moments.dtype.time_unit] if isinstance(moments.dtype, pl.Datetime) else 1.0
+            return moments.to_physical().cast(pl.Float64) * scale
         if way.by == "random":
             return pl.Series(self.rng.random(height))
         if way.by == "order":
@@ -280,9 +283,9 @@ def _iso_or_numbers(text: pl.Series) -> pl.Series:
 
 
 def _derived(piece: Piece, time: Time, moments: pl.Series, part: str) -> pl.Series:
-    if moments.dtype != pl.Datetime:
-        if time.unit is None:
-            raise DataError(f"{piece.place(time.column, 0)}: is a number; say with `unit` or `format` what it counts")
-        moments = pl.select(pl.from_epoch(moments.cast(pl.Int64), time.unit)).to_series()  # type: ignore[arg-type]
-    value = moments.dt.hour() if part == "hour" else moments.dt.weekday() - 1
-    return value.cast(pl.Int64)
+    unit = moments.dtype.time_unit if isinstance(moments.dtype, pl.Datetime) else time.unit
+    if unit is None:
+        raise DataError(f"{piece.place(time.column, 0)}: is a number; say with `unit` or `format` what it counts")
+    # polars' own calendar panics or wraps around far from 1970; whole numbers know no such end.
+    hours = moments.to_physical().cast(pl.Int64).to_numpy() // (3600 * _PER_SECOND[unit])
+    return pl.Series(hours % 24 if part == "hour" else (hours // 24 + 3) % 7)  # 1970 began on a Thursday

@@ -389,3 +389,42 @@ def test_from_a_folder_with_other_names_to_a_report(tmp_path, capsys):
     again = ["--roles", str(roles), "--out", str(tmp_path / "data"), "--if-absent"]
     main(["prepare", "table", str(tmp_path / "lake"), *again])
     assert (tmp_path / "data/dataset.json").stat().st_mtime_ns == before
+
+
+def times(path: Path, values: pa.Array) -> Path:
+    many = pa.array(["a"] * len(values))
+    pq.write_table(pa.table({"y": pa.array([1.0] * len(values)), "c": many, "at": values}), path)
+    return path
+
+
+def test_dates_of_any_unit_are_cut_at_the_same_moments(tmp_path):
+    """Whatever unit a file counts its dates in, what is later is later."""
+    start = datetime(2024, 1, 1, tzinfo=UTC)
+    kinds = [pa.timestamp("ns"), pa.timestamp("ms"), pa.timestamp("us"), pa.timestamp("s"), pa.date32()]
+    files = [
+        times(tmp_path / f"{i}.parquet", pa.array([(start + timedelta(days=i)).replace(tzinfo=None)] * 2, kind))
+        for i, kind in enumerate(kinds)
+    ]
+    roles = {"label": "y", "categorical": "c", "time": {"column": "at", "derive": ["weekday"]}}
+    roles["split"] = {"by": "time", "valid": 0.2, "test": 0.2}
+    (tmp_path / "roles.yaml").write_text(yaml.safe_dump(roles))
+    table.prepare(files, tmp_path / "out", roles=tmp_path / "roles.yaml")
+    days = {
+        split: pq.read_table(tmp_path / "out" / split)["at_weekday"].to_pylist() for split in ("train", "valid", "test")
+    }
+    assert days == {"train": [0, 0, 1, 1, 2, 2], "valid": [3, 3], "test": [4, 4]}
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_hours_far_from_1970(tmp_path, unit):
+    """Python's whole numbers have no end; the largest seconds are of the year 292 billion."""
+    far = [0, -1, 2**63 - 1, -(2**63), 2**60]
+    raw = times(tmp_path / "a.parquet", pa.array(far))
+    roles = {"label": "y", "categorical": "c", "split": {"by": "order", "valid": 0.0, "test": 0.0}}
+    roles["time"] = {"column": "at", "unit": unit, "derive": ["hour", "weekday"]}
+    (tmp_path / "roles.yaml").write_text(yaml.safe_dump(roles))
+    table.prepare([raw], tmp_path / "out", roles=tmp_path / "roles.yaml")
+    found = pq.read_table(tmp_path / "out" / "train").to_pydict()
+    hours = [moment // ({"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit] * 3600) for moment in far]
+    assert found["at_hour"] == [hour % 24 for hour in hours]
+    assert found["at_weekday"] == [(hour // 24 + 3) % 7 for hour in hours]

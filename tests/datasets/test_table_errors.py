@@ -282,3 +282,13 @@ def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.endswith("a.parquet, row group 1, column 'y', row 2: the label must be 0 or 1, got 3")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(pa.float64(), float("inf")), (pa.float64(), 1e300), (pa.uint64(), 2**64 - 1), (pa.string(), "1e40")],
+)
+def test_a_time_beyond_all_numbers(tmp_path, kind, value):
+    raw = parquet(tmp_path / "a.parquet", "t", value, kind)
+    time = {"column": "t", "unit": "s", "derive": "hour"}
+    assert "a.parquet, row group 0, column 't', row 0: must be a number or ISO" in refusal(tmp_path, [raw], time=time)
