@@ -27,7 +27,7 @@ from tqdm import tqdm
 from embtab.datasets import vocabulary
 from embtab.datasets.schema import Categorical, Dataset, describe_files
 from embtab.datasets.splits import check_fractions, split_sizes, write_split
-from embtab.errors import DataError, UserError
+from embtab.errors import DataError, UserError, shown
 from embtab.files import new_folder
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
@@ -224,10 +224,11 @@ def _parse(file: Path, first_line: int, block: bytes) -> pl.DataFrame:
     """Parses whole lines; polars is quick but fills short lines with nulls, so the tabs and lines are counted too."""
     try:
         table = pl.read_csv(block, has_header=False, separator="\t", quote_char=None, schema=_RAW_SCHEMA)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:  # the latter where gzip data was packed a second time
         raise _explanation(file, first_line, block) from error
     lines = block.count(b"\n")
     rectangular = table.height == lines and block.count(b"\t") == lines * (len(_COLUMNS) - 1)
+    rectangular = rectangular and block.count(b"\r") == block.count(b"\r\n")  # polars takes them off any column's end
     if not rectangular or not table["label"].is_in([0, 1]).fill_null(False).all():
         raise _explanation(file, first_line, block)
     return table
@@ -246,14 +247,16 @@ def _what_is_wrong(line: bytes) -> str | None:
     fields = line.split(b"\t") if line else []
     if len(fields) != len(_COLUMNS):
         return f"has {len(fields)} columns, not {len(_COLUMNS)} (label, 13 integers, 26 categories; tab separated)"
+    if b"\r" in line:
+        return "holds a carriage return that does not end the line"
     for name, field in zip(_COLUMNS, fields, strict=True):
         text = field.decode(errors="replace")
         if name == "label" and text.strip() not in ("0", "1"):
-            return f"column label: must be 0 or 1, got {text!r}"
+            return f"column label: must be 0 or 1, got {shown(text)}"
         if name in INTEGERS and text and not _is_int64(text):
-            return f"column {name}: must be a whole number or blank, got {text!r}"
+            return f"column {name}: must be a whole number or blank, got {shown(text)}"
         if name in CATEGORIES and "\ufffd" in text and not _is_utf8(field):
-            return f"column {name}: is not valid UTF-8: {field!r}"
+            return f"column {name}: is not valid UTF-8: {shown(field)}"
     return None
 
 

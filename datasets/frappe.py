@@ -18,7 +18,7 @@ import polars as pl
 from embtab.datasets import vocabulary
 from embtab.datasets.schema import SPLITS, Categorical, Dataset, describe_files
 from embtab.datasets.splits import write_split
-from embtab.errors import DataError
+from embtab.errors import DataError, shown
 from embtab.files import new_folder
 
 FIELDS = ("user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city")
@@ -93,14 +93,14 @@ def _read(file: Path) -> pl.DataFrame:
 def _row(line: str, where: str) -> list[int]:
     label, *fields = line.split() or [""]
     if label not in _LABELS:
-        raise DataError(f"{where}: the label must be 0, 1 or -1, got {label!r}")
+        raise DataError(f"{where}: the label must be 0, 1 or -1, got {shown(label)}")
     if len(fields) != len(FIELDS):
         raise DataError(f"{where}: has {len(fields)} fields, not {len(FIELDS)} ({', '.join(FIELDS)})")
     row = [_LABELS[label]]
     for name, text in zip(FIELDS, fields, strict=True):
         index, colon, value = text.partition(":")
         if not colon or value != "1" or not re.fullmatch(r"[0-9]{1,18}", index):
-            raise DataError(f"{where}: field {name}: must be INDEX:1, got {text!r}")
+            raise DataError(f"{where}: field {name}: must be INDEX:1, got {shown(text)}")
         row.append(int(index))
     return row
 

@@ -11,7 +11,7 @@ from embtab.datasets.criteo import transformed
 from embtab.datasets.roles import KEY, Dense, Ids, Roles, Time
 from embtab.datasets.schema import SPLITS
 from embtab.datasets.table_files import Piece, TableFile
-from embtab.errors import DataError
+from embtab.errors import DataError, shown
 
 _KINDS = {
     "label": ("whole numbers", "numbers", "booleans"),
@@ -187,13 +187,9 @@ class Stager:
 def _refuse(piece: Piece, column: str, wrong: pl.Series, rule: str, show: bool = False) -> None:
     rows = wrong.arg_true()
     if len(rows):
-        got = f", got {_shortened(piece.rows[column][rows[0]])}" if show else ""
+        value = piece.rows[column][rows[0]]
+        got = f", got {shown(value.to_list() if isinstance(value, pl.Series) else value)}" if show else ""
         raise DataError(f"{piece.place(column, rows[0])}: {rule}{got}")
-
-
-def _shortened(value: object) -> str:
-    shown = repr(value.to_list() if isinstance(value, pl.Series) else value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _text(values: pl.Series) -> pl.Series:

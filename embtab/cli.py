@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments = build_parser().parse_args(given)
             arguments.run(arguments)
     except UserError as error:
-        print(f"embtab: error: {error}", file=sys.stderr)
+        said = " ".join(str(error).splitlines())  # a column's name, or what a library says, may hold line breaks
+        print(f"embtab: error: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("embtab: interrupted", file=sys.stderr)

@@ -19,3 +19,9 @@ class InfeasibleBudget(UserError):
     def __init__(self, message: str, min_bytes: int) -> None:
         super().__init__(message)
         self.min_bytes = min_bytes
+
+
+def shown(value: object) -> str:
+    """A value as messages show it, on one line of at most some 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

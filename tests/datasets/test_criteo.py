@@ -256,3 +256,25 @@ def test_polars_sees_the_same_file_as_pyarrow(tmp_path):
     assert pl.read_parquet(file).to_dict(as_series=False) == pq.read_table(file).to_pydict()
     assert pq.read_schema(file).field("C1").nullable is False
     assert json.loads(pq.read_schema(file).metadata[b"embtab"])["dense"] == list(criteo.INTEGERS)
+
+
+def test_a_carriage_return_within_a_line_is_refused(tmp_path):
+    """polars would take it off the value's end, and so give it the id of another value."""
+    rows = fake_rows(20)
+    rows[4][20] += "\r"
+    with pytest.raises(DataError, match="line 5: holds a carriage return that does not end the line"):
+        criteo.prepare([write_raw(tmp_path / "train.txt", rows)], tmp_path / "out")
+
+
+def test_lines_may_end_as_on_windows(tmp_path):
+    rows = fake_rows(60)
+    criteo.prepare([write_raw(tmp_path / "one.txt", rows)], tmp_path / "one")
+    (tmp_path / "two.txt").write_bytes(text_of(rows).replace(b"\n", b"\r\n"))
+    criteo.prepare([tmp_path / "two.txt"], tmp_path / "two")
+    assert pq.read_table(tmp_path / "one/train").equals(pq.read_table(tmp_path / "two/train"))
+
+
+def test_text_that_is_packed_twice_is_refused(tmp_path):
+    (tmp_path / "train.gz").write_bytes(gzip.compress(gzip.compress(text_of(fake_rows(50)))[:-20]))
+    with pytest.raises(DataError, match=r"train.gz: line 1: has \d+ columns, not 40"):
+        criteo.prepare([tmp_path / "train.gz"], tmp_path / "out")
