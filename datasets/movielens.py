@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from embtab.datasets import vocabulary
 from embtab.datasets.schema import Categorical, Dataset, describe_files
 from embtab.datasets.splits import check_fractions, split_sizes, write_split
-from embtab.errors import DataError, UserError
+from embtab.errors import DataError, UserError, shown
 from embtab.files import new_folder
 
 FEATURES = ("user", "movie", "gender", "age", "occupation", "zip", "year", "genres")
@@ -205,18 +207,27 @@ def _read_ratings(file: Path) -> pl.DataFrame:
 
 def _read_pairs(file: Path) -> pl.DataFrame:
     try:
-        table = pl.read_parquet(file)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{file}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    if set(table.columns) != {"userID", "movieID"}:
-        raise DataError(f"{file}: must have the columns userID and movieID, got {', '.join(table.columns)}")
-    if table.is_empty():
+        with pq.ParquetFile(file) as opened:
+            table = opened.read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
+    if sorted(table.column_names) != ["movieID", "userID"]:
+        raise DataError(f"{file}: must have the columns userID and movieID, got {', '.join(table.column_names)}")
+    if not len(table):
         raise DataError(f"{file}: is empty; fetch it again")
-    pairs = table.select(pl.col("userID", "movieID").cast(pl.String).cast(pl.Int64, strict=False))
+    for field in table.schema:
+        if not any(
+            is_kind(field.type) for is_kind in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+        ):
+            raise DataError(f"{file}: column {field.name}: must hold whole numbers, holds {field.type}")
+    texts = pl.DataFrame(pl.from_arrow(table)).cast(pl.String)
+    pairs = texts.cast(pl.Int64, strict=False)
     for name in pairs.columns:
         bad = pairs[name].is_null().arg_true()
         if len(bad):
-            raise DataError(f"{file}: row {bad[0]}: column {name}: must be a whole number, got {table[name][bad[0]]!r}")
+            value = shown(texts[name][bad[0]])
+            raise DataError(f"{file}: row {bad[0]}: column {name}: must be a whole number, got {value}")
     return pairs.select(pl.col("userID").alias(USER), pl.col("movieID").alias("movie"))
 
 
@@ -272,7 +283,7 @@ def _read_text(
 def _refuse(file: Path, table: pl.DataFrame, bad: pl.Expr | pl.Series, column: str, rule: str) -> None:
     rows = table.select(bad.alias("bad"))["bad"].arg_true()
     if len(rows):
-        raise DataError(f"{file}: line {rows[0] + 1}: column {column}: {rule}, got {table[column][rows[0]]!r}")
+        raise DataError(f"{file}: line {rows[0] + 1}: column {column}: {rule}, got {shown(table[column][rows[0]])}")
 
 
 def _joined(rows: pl.DataFrame, key: str, file: Path, side: pl.DataFrame) -> pl.DataFrame:

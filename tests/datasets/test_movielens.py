@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -317,3 +318,19 @@ def test_bad_options_are_refused(tmp_path):
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(UserError, match="already exists"):
         movielens.prepare(raw, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([[1], [2]]), "column userID: must hold whole numbers, holds list<"),
+        (pa.array([1, 2**63 - 2], pa.timestamp("ms")), "column userID: must hold whole numbers, holds timestamp"),
+        (pa.array([b"\xff", b"1"]).view(pa.string()), "cannot be read as Parquet"),
+        (pa.array([2**64 - 1, 1], pa.uint64()), "row 0: column userID: must be a whole number"),
+        (pa.array(["x" * 500, "1"]), "got 'xxxxxx"),
+    ],
+)
+def test_pairs_of_other_types_are_refused(tmp_path, column, message):
+    raw = write_1m(tmp_path / "raw", some_pairs())
+    pq.write_table(pa.table({"userID": column, "movieID": ["1", "2"]}), raw / "ratings.parquet")
+    assert_refused(raw, message)
