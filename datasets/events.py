@@ -17,7 +17,7 @@ from pathlib import Path
 
 import polars as pl
 
-from embtab.errors import DataError, UserError
+from embtab.errors import DataError, UserError, shown
 
 KINDS = ("auto", "s3rec", "ml-100k", "taobao", "amazon")
 _GENRES = 19  # flags at the end of a line of u.item
@@ -98,7 +98,7 @@ def _lists(file: Path) -> dict[str, list[str]]:
     for number, line in enumerate(_lines(file), 1):
         key, *values = line.split() or [""]
         if not values:
-            raise DataError(f"{file}: line {number}: must be 'user item item ...', got {line!r}")
+            raise DataError(f"{file}: line {number}: must be 'user item item ...', got {shown(line)}")
         if key in found:
             raise DataError(f"{file}: line {number}: user {key} has a line already; one line per user")
         found[key] = values
@@ -109,9 +109,15 @@ def _first_attributes(file: Path) -> dict[str, str]:
     """An item's first attribute stands for its category; "" where it has none."""
     try:
         attributes = json.loads(file.read_text(encoding="utf-8"))
-        return {item: str(values[0]) if values else "" for item, values in attributes.items()}
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        return {item: _first(values) for item, values in attributes.items()}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{file}: must be a JSON object of item -> list of attributes ({error})") from error
+
+
+def _first(values: object) -> str:
+    if not isinstance(values, list):
+        raise TypeError(f"{shown(values)} is no list")
+    return _text(values[0]) if values else ""
 
 
 def _read_ml100k(raw: Path) -> Events:
@@ -129,10 +135,12 @@ def _read_ml100k(raw: Path) -> Events:
         # The combination of genres is the category: there is no main one.
         lines = enumerate(_lines(folder / "u.item", "latin-1"), 1)
         movies = [_cut(folder / "u.item", number, line, "|", 5 + _GENRES) for number, line in lines]
+        _refuse_twice(folder / "u.item", [movie[0] for movie in movies])
         categories = {movie[0]: "".join(movie[5:]) for movie in movies}
     if (folder / "u.user").exists():
         lines = enumerate(_lines(folder / "u.user"), 1)
         users = [_cut(folder / "u.user", number, line, "|", 5)[:4] for number, line in lines]
+        _refuse_twice(folder / "u.user", [user[0] for user in users])
         sides = pl.DataFrame(users, schema=["user", "age", "gender", "occupation"], orient="row")
     return Events("ml-100k", _in_time(file, rows), categories, sides)
 
@@ -148,13 +156,14 @@ def _read_taobao(file: Path) -> Events:
     columns = ("user", "item", "category", "behaviour", "time")
     try:
         table = pl.read_csv(file, has_header=False, infer_schema=False)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{file}: not a comma-separated file: {str(error).splitlines()[0]}") from error
     if table.width != len(columns):
         raise DataError(f"{file}: has {table.width} columns, not {len(columns)} ({', '.join(columns)})")
     table.columns = list(columns)
     for name in columns:
         _refuse(file, table[name].is_null(), f"column {name}: is empty")
+    _refuse_times(file, table)  # before other rows are left out, which are lines as well
     views = table.filter(pl.col("behaviour") == "pv")
     if views.is_empty():
         raise DataError(f"{file}: holds no page view (behaviour pv)")
@@ -165,24 +174,45 @@ def _read_taobao(file: Path) -> Events:
 
 
 def _read_amazon(file: Path) -> Events:
-    rows = []
-    for number, line in enumerate(_lines(file), 1):
-        try:
-            review = json.loads(line)
-            user = review["reviewerID"] if "reviewerID" in review else review["user_id"]
-            time = review["unixReviewTime"] if "unixReviewTime" in review else review["timestamp"]
-            rows.append((str(user), str(review["asin"]), str(int(time))))
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = "reviewerID (or user_id), asin and unixReviewTime (or timestamp)"
-            raise DataError(f"{file}: line {number}: must be a JSON object with {wanted} ({error})") from error
+    rows = [_review(line, f"{file}: line {number}") for number, line in enumerate(_lines(file), 1)]
     return Events(file.stem, _in_time(file, pl.DataFrame(rows, schema=["user", "item", "time"], orient="row")))
+
+
+def _review(line: str, where: str) -> tuple[str, str, str]:
+    """User, item and time of a review."""
+    try:
+        review = json.loads(line)
+        user = review["reviewerID"] if "reviewerID" in review else review["user_id"]
+        time = review["unixReviewTime"] if "unixReviewTime" in review else review["timestamp"]
+        if isinstance(time, bool) or (isinstance(time, float) and not time.is_integer()):
+            raise ValueError(f"the time {time} is not whole")
+        return _text(user), _text(review["asin"]), time if isinstance(time, str) else str(int(time))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        wanted = "reviewerID (or user_id), asin and unixReviewTime (or timestamp)"
+        raise DataError(f"{where}: must be a JSON object with {wanted} ({' '.join(str(error).split())})") from error
+
+
+def _text(value: object) -> str:
+    """A name out of JSON, as text.
+
+    Raises:
+        TypeError: for what is neither text nor a whole number.
+        ValueError: for half a surrogate pair, which is no text.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError(f"{shown(value)} is no name")
+    str(value).encode()
+    return str(value)
 
 
 def _in_time(file: Path, rows: pl.DataFrame) -> pl.DataFrame:
     """Columns user, item, time; users by name, each in time order; equal times stay in the file's order."""
-    time = rows["time"].cast(pl.Int64, strict=False)
-    _refuse(file, time.is_null(), "the timestamp must be a whole number")
-    return rows.select("user", "item", time=time).sort("user", "time", maintain_order=True)
+    _refuse_times(file, rows)
+    return rows.select("user", "item", pl.col("time").cast(pl.Int64)).sort("user", "time", maintain_order=True)
+
+
+def _refuse_times(file: Path, rows: pl.DataFrame) -> None:
+    _refuse(file, rows["time"].cast(pl.Int64, strict=False).is_null(), "the timestamp must be a whole number")
 
 
 def _refuse(file: Path, bad: pl.Series, message: str) -> None:
@@ -191,11 +221,17 @@ def _refuse(file: Path, bad: pl.Series, message: str) -> None:
         raise DataError(f"{file}: line {where[0] + 1}: {message}")
 
 
-def _lines(file: Path, encoding: str = "utf-8") -> list[str]:
+def _refuse_twice(file: Path, keys: list[str]) -> None:
+    _refuse(file, ~pl.Series(keys).is_first_distinct(), "its first column stands on an earlier line already")
+
+
+def _lines(file: Path, encoding: str = "utf-8-sig") -> list[str]:
     try:
         lines = file.read_text(encoding=encoding).split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not text (byte {error.start} is not UTF-8)") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     lines = lines if lines[-1] else lines[:-1]
     if not lines:
         raise DataError(f"{file}: is empty; fetch it again")

@@ -1,5 +1,6 @@
 """Behaviour sequences, against plain Python over the raw events; generated histories, against their planted truth."""
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -341,3 +342,64 @@ def test_planted_mistakes(tmp_path):
     for options, message in [({"users": 0}, "users"), ({"signal": 0}, "signal"), ({"max_length": 10}, "max_length")]:
         with pytest.raises(UserError, match=message):
             long_histories.prepare(tmp_path / "x", **options)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_user(tmp_path):
+    file = write_s3rec(tmp_path / "raw", histories())
+    plain = read_events(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_events(file).rows.equals(plain.rows)
+
+
+@pytest.mark.parametrize("name", ["u.user", "u.item"])
+def test_who_stands_twice_in_ml100k_is_refused(tmp_path, name):
+    """The second line of a user would move the attributes of all users after her."""
+    file = write_timed("ml-100k", tmp_path / "raw", timed()) / name
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], lines[1], *lines[3:]]) + "\n")
+    with pytest.raises(DataError, match=rf"{name}: line 4: its first column stands on an earlier line already"):
+        read_events(file.parent)
+
+
+@pytest.mark.parametrize(
+    "review",
+    [
+        '{"reviewerID": null, "asin": "i", "unixReviewTime": 3}',
+        '{"reviewerID": "u", "asin": 1.5, "unixReviewTime": 3}',
+        '{"reviewerID": "u", "asin": "\\ud800", "unixReviewTime": 3}',
+        '{"reviewerID": "u", "asin": "i", "unixReviewTime": Infinity}',
+        '{"reviewerID": "u", "asin": "i", "unixReviewTime": 3.5}',
+        '{"reviewerID": "u", "asin": "i", "unixReviewTime": true}',
+        "[" * 100_000,
+        "7",
+    ],
+)
+def test_a_review_without_names_or_a_time_is_refused(tmp_path, review):
+    file = tmp_path / "reviews.json"
+    file.write_text('{"reviewerID": "u", "asin": "i", "unixReviewTime": 3}\n' + review + "\n")
+    with pytest.raises(DataError, match="line 2: must be a JSON object"):
+        read_events(file)
+
+
+def test_bad_page_views_are_named_by_their_line(tmp_path):
+    file = tmp_path / "views.csv"
+    file.write_text("1,2,3,buy,5\n1,2,3,pv,5\n1,2,3,pv,x\n")
+    with pytest.raises(DataError, match="line 3: the timestamp must be a whole number"):
+        read_events(file)
+    file.write_bytes(gzip.compress(b"1,2,3,pv,5\n" * 90)[:-9])
+    with pytest.raises(DataError, match=r"views.csv: not a comma-separated file"):
+        read_events(file)
+
+
+@pytest.mark.parametrize("values", ['"word"', "7", "null", "[null]", "[1.5]"])
+def test_attributes_must_be_lists_of_names(tmp_path, values):
+    file = write_s3rec(tmp_path / "raw", histories())
+    (tmp_path / "raw" / "toy_item2attributes.json").write_text(f'{{"i1": {values}}}')
+    with pytest.raises(DataError, match=r"toy_item2attributes.json: must be a JSON object"):
+        read_events(file)
+
+
+def test_a_folder_in_the_place_of_a_log(tmp_path):
+    for kind in ("s3rec", "taobao", "amazon"):
+        with pytest.raises(DataError, match=str(tmp_path)):
+            read_events(tmp_path, kind)
