@@ -79,6 +79,7 @@ class TableFile:
                 for group in range(file.num_row_groups):
                     first = 0
                     for batch in file.iter_batches(_BLOCK_ROWS, row_groups=[group], columns=wanted):
+                        batch.validate(full=True)  # text that is not UTF-8 would pass unseen
                         rows = pl.DataFrame(pl.from_arrow(batch)).select(wanted)
                         yield Piece(rows, self.path, group, first)
                         first += rows.height
@@ -91,7 +92,7 @@ class TableFile:
         for column in wanted:
             try:
                 with pq.ParquetFile(self.path) as file:
-                    file.read_row_group(group, columns=[column])
+                    file.read_row_group(group, columns=[column]).validate(full=True)
             except (pa.ArrowException, OSError):
                 return repr(column)
         return "unknown"

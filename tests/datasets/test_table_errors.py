@@ -292,3 +292,18 @@ def test_a_time_beyond_all_numbers(tmp_path, kind, value):
     raw = parquet(tmp_path / "a.parquet", "t", value, kind)
     time = {"column": "t", "unit": "s", "derive": "hour"}
     assert "a.parquet, row group 0, column 't', row 0: must be a number or ISO" in refusal(tmp_path, [raw], time=time)
+
+
+def test_text_that_is_not_utf8_is_refused_in_parquet_too(tmp_path):
+    spoilt = pa.array([b"\xff\xfe"] * 12).view(pa.string())
+    table_of_c = pq.read_table(parquet(tmp_path / "a.parquet"))
+    pq.write_table(table_of_c.set_column(2, "c", spoilt), tmp_path / "a.parquet", row_group_size=5)
+    assert "a.parquet, row group 0, column 'c': cannot be decoded" in refusal(tmp_path, [tmp_path / "a.parquet"])
+
+
+def test_a_message_stays_on_one_line_whatever_a_column_is_called(tmp_path, capsys):
+    pq.write_table(pa.table({"two\nlines": [1]}), tmp_path / "a.parquet")
+    raw, roles = str(tmp_path / "a.parquet"), str(roles_in(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["prepare", "table", raw, "--roles", roles, "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("has no column 'y'; there are two lines")
