@@ -69,7 +69,9 @@ def column_differences(found: pa.Schema, wanted: pa.Schema) -> list[tuple[str, s
     """What separates a file's columns from the described ones, as (column, sentence); order does not matter."""
     differences = []
     for field in wanted:
-        if field.name not in found.names:
+        if found.names.count(field.name) > 1:
+            differences.append((field.name, f"column {field.name!r} stands twice"))
+        elif field.name not in found.names:
             differences.append((field.name, f"column {field.name!r} is missing"))
         elif not _same_type(found.field(field.name).type, field.type):
             kind = found.field(field.name).type
@@ -104,7 +106,11 @@ def read_columns(group: RowGroup, columns: list[str]) -> pa.Table:
 
 def _read(group: RowGroup, columns: list[str]) -> pa.Table:
     with pq.ParquetFile(group.path, metadata=group.metadata) as file:
-        return file.read_row_group(group.index, columns=columns).select(columns)
+        table = file.read_row_group(group.index, columns=columns).select(columns)
+    table.validate()  # that all columns are of one length
+    if len(table) != group.rows:
+        raise pa.ArrowInvalid(f"holds {len(table)} rows but the footer says {group.rows}")
+    return table
 
 
 def _unreadable(group: RowGroup, columns: list[str]) -> str:

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import types
+import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embtab.errors import DataError
+from embtab.errors import DataError, shown
 from embtab.features import read_description
 from embtab.files import write_text
 
@@ -115,7 +117,7 @@ class Dataset:
         """Reads the description of a prepared folder.
 
         Raises:
-            DataError: when it is absent, unreadable, of a newer version or lacks a field.
+            DataError: when it is absent, unreadable, of a newer version, or a field is missing or makes no sense.
         """
         folder = Path(folder)
         described = read_description(folder)
@@ -124,13 +126,52 @@ class Dataset:
         if version != 1:
             raise DataError(f"{folder}/dataset.json: version {version!r} is not known to this embtab (it reads 1)")
         try:
-            described["features"] = tuple(Categorical(**column) for column in described["features"])
-            described["files"] = tuple(PartFile(**part) for part in described["files"])
-            described["dense"] = tuple(described["dense"])
-            described["unread"] = tuple(described.get("unread", ()))
-            return cls(**described)
-        except (KeyError, TypeError) as error:
+            for name, kind in (("features", Categorical), ("files", PartFile)):
+                described[name] = tuple(_typed(kind, entry) for entry in described[name])
+            described = {name: tuple(value) if isinstance(value, list) else value for name, value in described.items()}
+            dataset = _typed(cls, described)
+            _check(dataset)
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{folder}/dataset.json: {error}; prepare the data again") from error
+        return dataset
+
+
+T = TypeVar("T")
+
+
+def _typed(kind: type[T], given: dict[str, Any]) -> T:
+    """An entry of the description.
+
+    Raises:
+        TypeError: when it has an unknown field, lacks one, or one is of another type.
+    """
+    if not isinstance(given, dict):
+        raise TypeError(f"expected an entry, got {shown(given)}")
+    for name, wanted in typing.get_type_hints(kind).items():
+        accepted = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+        if name in given and type(given[name]) not in [typing.get_origin(each) or each for each in accepted]:
+            raise TypeError(f"{name} cannot be {shown(given[name])}")
+    return kind(**given)
+
+
+def _check(dataset: Dataset) -> None:
+    """What no single field shows.
+
+    Raises:
+        ValueError: for a column or file that is named twice or not by text, or is in no split.
+    """
+    lists = (*(column.name for column in dataset.features if column.multi), *dataset.unread)
+    plain = [dataset.label, *dataset.dense, *(column.name for column in dataset.features if not column.multi)]
+    paths = [part.path for part in dataset.files]
+    for names in ([*plain, *lists], paths):
+        for name in names:
+            if not isinstance(name, str) or not name or names.count(name) > 1:
+                raise ValueError(f"{shown(name)} is no name, or is listed twice")
+    for path in paths:
+        if not path.startswith(tuple(f"{split}/" for split in SPLITS)):
+            raise ValueError(f"file {shown(path)} is in no split")
+    if dataset.user in (dataset.label, *dataset.dense, *lists):
+        raise ValueError(f"the user column {dataset.user!r} must hold one whole number a row")
 
 
 def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

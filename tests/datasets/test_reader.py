@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from embtab.datasets.parquet import read_columns
+from embtab.datasets.parquet import read_columns, row_groups
 from embtab.datasets.reader import Batch, ParquetBatches
 from embtab.datasets.schema import Categorical, Dataset, describe_files, open_writer
 from embtab.errors import DataError, UserError
@@ -394,3 +394,44 @@ def test_many_ranks_decode_no_more_than_a_window_for_each_of_their_batches(tmp_p
         assert len(dataset) == 5
         assert len(decoded) == len(set(decoded)) == 4 * 5, "4 row groups for each batch"
     assert sorted(read) == list(range(1600))
+
+
+def test_a_column_that_stands_twice_is_named(tmp_path):
+    folder = write(tmp_path / "data", [[30]])
+    rewrite(folder, lambda t: t.rename_columns(["C1" if name == "C2" else name for name in t.column_names]))
+    with pytest.raises(DataError, match=r"part-000\.parquet: column 'C1' stands twice"):
+        ParquetBatches(folder, "train", 4)
+
+
+def test_a_footer_that_tells_another_number_of_rows_is_not_believed(tmp_path):
+    folder = write(tmp_path / "data", [[30]])
+    (group,) = row_groups(folder, Dataset.load(folder), "train")
+    with pytest.raises(DataError, match=r"row group 0, column 'C1': holds 30 rows but the footer says 29"):
+        read_columns(replace(group, rows=29), ["C1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["files"][0].update(rows="30"), "rows cannot be '30'"),
+        (lambda d: d["files"][0].update(path="elsewhere/a.parquet"), "file 'elsewhere/a.parquet' is in no split"),
+        (lambda d: d["files"].append(d["files"][0]), "'train/part-000.parquet' is no name, or is listed twice"),
+        (lambda d: d.update(dense="I1"), "dense cannot be 'I1'"),
+        (lambda d: d.update(dense=["I1", 1.5]), "1.5 is no name"),
+        (lambda d: d.update(dense=["I1", "C1"]), "'C1' is no name, or is listed twice"),
+        (lambda d: d.update(features=None), "object is not iterable"),
+        (lambda d: d["features"].append("C9"), "expected an entry, got 'C9'"),
+        (lambda d: d["features"][0].update(multi=1), "multi cannot be 1"),
+        (lambda d: d["features"][0].update(unknown=1), "unexpected keyword argument 'unknown'"),
+        (lambda d: d.update(user="tags"), "the user column 'tags' must hold one whole number a row"),
+        (lambda d: d.update(name=-1), "name cannot be -1"),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_refused(tmp_path, change, message):
+    folder = write(tmp_path / "data", [[30]])
+    described = json.loads((folder / "dataset.json").read_text())
+    change(described)
+    (folder / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match=r"/dataset\.json: ") as error:
+        ParquetBatches(folder, "train", 4)
+    assert message in str(error.value)
