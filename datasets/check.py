@@ -16,7 +16,7 @@ from tqdm import tqdm
 from embtab.datasets.parquet import RowGroup, column_differences, first_null, read_footer
 from embtab.datasets.schema import SPLITS, Categorical, Dataset, PartFile
 from embtab.errors import DataError, UserError
-from embtab.features import id_spaces, read_features
+from embtab.features import id_spaces, read_counts, read_features
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,18 @@ def check(folder: str | Path) -> list[Problem]:
         id_spaces(read_features(folder, counts=False))
     except UserError as error:
         return [_problem(folder / "dataset.json", error)]
-    seen = _Seen({feature.name: np.zeros(feature.num_ids, np.int64) for feature in dataset.features})
+    vocabularies = {feature.name: _vocabulary(folder, feature) for feature in dataset.features}
+    described = {name: counts for name, counts in vocabularies.items() if isinstance(counts, np.ndarray)}
+    seen = _Seen({name: np.zeros_like(counts) for name, counts in described.items()})
     problems = list(_unlisted(folder, dataset))
     with tqdm(total=sum(part.rows for part in dataset.files), unit="row", unit_scale=True, desc="check") as bar:
         for split in SPLITS:
             problems += _check_split(folder, dataset, split, seen, bar)
-    for feature in dataset.features:
-        trusted = seen.complete and feature.name not in seen.wrong
-        problems += _check_vocabulary(folder, feature, seen.counts[feature.name] if trusted else None)
+    for name, found in vocabularies.items():
+        if isinstance(found, Problem):
+            problems.append(found)
+        elif seen.complete and name not in seen.wrong:
+            problems += _compare_counts(_vocabulary_path(folder, name), found, seen.counts[name])
     return problems
 
 
@@ -77,7 +81,7 @@ class _Seen:
     """What went by.
 
     Attributes:
-        counts: occurrences of each id in the training split, per feature.
+        counts: occurrences of each id in the training split, per feature that has a vocabulary.
         complete: whether every training file could be opened.
         wrong: columns of the training split with a wrong value, whose counts therefore mean nothing.
         labels: the labels of the current split.
@@ -90,12 +94,13 @@ class _Seen:
 
 
 def _problem(path: Path, error: UserError, column: str | None = None) -> Problem:
-    return Problem(str(path), None, column, None, str(error).removeprefix(f"{path}: "))
+    place = str(path) if column is None else f"{path}, column {column!r}"
+    return Problem(str(path), None, column, None, str(error).removeprefix(f"{place}: "))
 
 
 def _unlisted(folder: Path, dataset: Dataset) -> Iterator[Problem]:
     listed = {folder / part.path for part in dataset.files}
-    vocabularies = {folder / "vocab" / f"{feature.name}.parquet" for feature in dataset.features}
+    vocabularies = {_vocabulary_path(folder, feature.name) for feature in dataset.features}
     for path in sorted(set(folder.rglob("*.parquet")) - listed - vocabularies):
         yield Problem(str(path), None, None, None, "is not listed in dataset.json; remove it or prepare the data again")
 
@@ -157,7 +162,7 @@ def _check_group(
                 yield Problem(str(group.path), group.index, name, None, message)
                 continue
             if name in features:
-                defect = _wrong_id(column, features[name], seen.counts[name] if split == "train" else None)
+                defect = _wrong_id(column, features[name], seen.counts.get(name) if split == "train" else None)
             elif name == dataset.label:
                 defect = _wrong_label(column, seen.labels)
             else:
@@ -227,28 +232,28 @@ def _wrong_number(column: pa.ChunkedArray) -> Defect | None:
     return None
 
 
-def _check_vocabulary(folder: Path, feature: Categorical, counts: NDArray[np.int64] | None) -> Iterator[Problem]:
-    """Compares the counts of a vocabulary with those of the training split, where all of it could be read."""
-    path = folder / "vocab" / f"{feature.name}.parquet"
+def _vocabulary_path(folder: Path, name: str) -> Path:
+    return folder / "vocab" / f"{name}.parquet"
 
-    def problem(message: str, warning: bool = False) -> Problem:
-        return Problem(str(path), None, "count", None, message, warning)
 
+def _vocabulary(folder: Path, feature: Categorical) -> NDArray[np.int64] | Problem:
+    """How often each id occurs in the training split, as the vocabulary says, or why it says nothing."""
+    path = _vocabulary_path(folder, feature.name)
     if not path.exists():
-        yield problem("does not exist, so nothing knows how often ids occur; prepare the data again", warning=True)
-        return
+        message = "does not exist, so nothing knows how often ids occur; prepare the data again"
+        return Problem(str(path), None, "count", None, message, warning=True)
     try:
-        described = pq.read_table(path, columns=["count"])["count"]
-    except (pa.ArrowException, OSError, KeyError) as error:
-        yield problem(f"cannot be read: {str(error).splitlines()[0]}")
-        return
-    if described.type != pa.int64() or described.null_count:
-        yield problem("must be int64 without nulls")
-    elif len(described) != feature.num_ids:
-        yield problem(f"has {len(described)} rows but dataset.json says {feature.num_ids} ids")
-    elif counts is not None and (differing := np.flatnonzero(described.to_numpy() != counts)).size:
+        return read_counts(path, feature.num_ids)
+    except DataError as error:
+        return _problem(path, error, "count")
+
+
+def _compare_counts(path: Path, described: NDArray[np.int64], seen: NDArray[np.int64]) -> Iterator[Problem]:
+    differing = np.flatnonzero(described != seen)
+    if differing.size:
         at = int(differing[0])
-        yield problem(
-            f"id {at} occurs {counts[at]} times in the training split but its count is {described[at].as_py()}"
-            f" ({differing.size} of {feature.num_ids} ids differ)"
+        message = (
+            f"id {at} occurs {seen[at]} times in the training split but its count is {described[at]}"
+            f" ({differing.size} of {len(seen)} ids differ)"
         )
+        yield Problem(str(path), None, "count", None, message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,10 @@ class Feature:
     id_space: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise UserError("a feature needs a name; got an empty string")
+        if not isinstance(self.name, str) or not self.name:
+            raise UserError(f"a feature needs a name; got {self.name!r}")
+        if not isinstance(self.id_space, str | None):
+            raise UserError(f"feature {self.name!r}: id_space must be a name, got {self.id_space!r}")
         if isinstance(self.num_ids, bool) or not isinstance(self.num_ids, int | np.integer) or self.num_ids < 1:
             raise UserError(f"feature {self.name!r}: num_ids must be a positive whole number, got {self.num_ids!r}")
         if self.pooling not in POOLINGS:
@@ -66,22 +68,49 @@ def read_features(path: str | Path, counts: bool = True) -> list[Feature]:
         counts: also read how often each id occurs in the training split, where the folder says so.
 
     Raises:
-        DataError: when the folder holds no readable description.
+        DataError: when the folder holds no readable description, or a vocabulary of it cannot be read.
     """
-    import pyarrow.parquet as pq
-
     folder = Path(path)
     described = read_description(folder)
     features = []
-    for entry in described["features"]:
-        vocabulary = folder / "vocab" / f"{entry['name']}.parquet"
-        seen = None
-        if counts and vocabulary.exists():
-            seen = pq.read_table(vocabulary, columns=["count"])["count"].to_numpy()
-        features.append(
-            Feature(entry["name"], entry["num_ids"], entry.get("pooling", "sum"), seen, entry.get("id_space"))
-        )
-    return features
+    try:
+        for entry in described["features"]:
+            pooling, space = entry.get("pooling", "sum"), entry.get("id_space")
+            features.append(Feature(entry["name"], entry["num_ids"], pooling, id_space=space))
+    except (AttributeError, KeyError, TypeError, UserError) as error:
+        raise DataError(f"{folder / 'dataset.json'}: {error}; prepare the data again") from error
+    paths = {feature.name: folder / "vocab" / f"{feature.name}.parquet" for feature in features}
+    return [
+        replace(feature, counts=read_counts(paths[feature.name], feature.num_ids))
+        if counts and paths[feature.name].exists()
+        else feature
+        for feature in features
+    ]
+
+
+def read_counts(path: Path, num_ids: int) -> np.ndarray:
+    """How often each id occurs in the training data, int64 [num_ids], from a vocabulary of a prepared dataset.
+
+    Raises:
+        DataError: when the file cannot be read, or does not hold a count of each id.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where = f"{path}, column 'count'"
+    try:
+        with pq.ParquetFile(path) as file:
+            counts = file.read(["count"])["count"]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{where}: cannot be read: {' '.join(str(error).split())}") from error
+    if counts.type != pa.int64() or counts.null_count:
+        raise DataError(f"{where}: must be int64 without nulls")
+    if len(counts) != num_ids:
+        raise DataError(f"{where}: has {len(counts)} rows but dataset.json says {num_ids} ids")
+    found = counts.to_numpy()
+    if (found < 0).any():
+        raise DataError(f"{where}, row {(found < 0).argmax()}: is negative")
+    return found
 
 
 def read_description(folder: Path) -> dict:
@@ -95,7 +124,7 @@ def read_description(folder: Path) -> dict:
         raise DataError(f"{folder}: not a prepared dataset (no dataset.json); make one with `embtab prepare`")
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     if not isinstance(described, dict) or described.get("format") != "embtab-dataset":
         raise DataError(f"{file}: not an embtab dataset description; prepare the data again")

@@ -10,6 +10,8 @@ import pytest
 from embtab.datasets.check import Problem, check
 from embtab.datasets.schema import Categorical, Dataset, describe_files, open_writer
 from embtab.datasets.synthetic import prepare
+from embtab.errors import DataError
+from embtab.features import read_features
 
 FEATURES = (Categorical("C1", 10), Categorical("tags", 5, multi=True))
 SPLITS = {"train": 40, "valid": 20, "test": 20}
@@ -243,3 +245,29 @@ def test_description(folder, change, message):
 
 def test_no_dataset(tmp_path):
     assert "no dataset.json" in str(only(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([4] * 9, "has 9 rows but dataset.json says 10 ids"),
+        ([4] * 9 + [-1], "is negative"),
+        (["a"] * 10, "must be int64 without nulls"),
+        ([[1]] * 10, "must be int64 without nulls"),
+    ],
+)
+def test_features_are_not_read_with_other_counts(folder, counts, message):
+    write_counts(folder, "C1", counts)
+    with pytest.raises(DataError, match=rf"vocab/C1\.parquet, column 'count'.*: {message}"):
+        read_features(folder)
+    (folder / "vocab/C1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"vocab/C1\.parquet, column 'count': cannot be read"):
+        read_features(folder)
+
+
+def test_more_ids_than_memory(folder):
+    """A cardinality that only the description claims is not believed."""
+    described = json.loads((folder / "dataset.json").read_text())
+    described["features"][0]["num_ids"] = 10**18
+    (folder / "dataset.json").write_text(json.dumps(described))
+    assert only(folder).message == f"has 10 rows but dataset.json says {10**18} ids"
