@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from embtab.datasets import vocabulary
 from embtab.datasets.schema import Categorical, Dataset, describe_files
 from embtab.datasets.splits import check_fractions, split_sizes, write_split
-from embtab.errors import DataError, UserError, shown
+from embtab.errors import DataError, UserError, listed, shown
 from embtab.files import new_folder
 
 FEATURES = ("user", "movie", "gender", "age", "occupation", "zip", "year", "genres")
@@ -213,7 +213,7 @@ def _read_pairs(file: Path) -> pl.DataFrame:
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
     if sorted(table.column_names) != ["movieID", "userID"]:
-        raise DataError(f"{file}: must have the columns userID and movieID, got {', '.join(table.column_names)}")
+        raise DataError(f"{file}: must have the columns userID and movieID, got {listed(table.column_names)}")
     if not len(table):
         raise DataError(f"{file}: is empty; fetch it again")
     for field in table.schema:

@@ -11,7 +11,7 @@ from embtab.datasets.criteo import transformed
 from embtab.datasets.roles import KEY, Dense, Ids, Roles, Time
 from embtab.datasets.schema import SPLITS
 from embtab.datasets.table_files import Piece, TableFile
-from embtab.errors import DataError, shown
+from embtab.errors import DataError, listed, shown
 
 _KINDS = {
     "label": ("whole numbers", "numbers", "booleans"),
@@ -51,7 +51,7 @@ def check_columns(files: list[TableFile], roles: Roles) -> None:
         known: tuple[str, TableFile] | None = None
         for file in files:
             if column not in file.columns:
-                raise DataError(f"{file.path}: has no column {column!r}; there are {', '.join(file.columns)}")
+                raise DataError(f"{file.path}: has no column {column!r}; there are {listed(file.columns)}")
             kind, where = _kind(file.columns[column]), f"{file.path}, column {column!r}"
             if kind.endswith(_NULLS):
                 continue

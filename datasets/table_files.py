@@ -163,8 +163,14 @@ def _opened(path: Path, name: str, csv: Csv) -> TableFile:
     if twice := [column for column in names if list(names).count(column) > 1]:
         raise DataError(f"{path}: column {twice[0]!r} stands twice; rename one")
     if is_parquet:
-        return TableFile(path, name, True, dict(pl.DataFrame(pl.from_arrow(schema.empty_table())).schema))
+        return TableFile(path, name, True, _types(schema))
     return TableFile(path, name, False, dict.fromkeys(names, pl.String()))
+
+
+def _types(schema: pa.Schema) -> dict[str, pl.DataType]:
+    """The columns' types; unknown where polars has none and panics, which matters where such a column is read."""
+    known = pa.schema([field for field in schema if "decimal256" not in str(field.type)])
+    return {**dict.fromkeys(schema.names, pl.Unknown()), **pl.DataFrame(pl.from_arrow(known.empty_table())).schema}
 
 
 def _text_batches(

@@ -1,5 +1,9 @@
 """Errors a user can act on. The command line prints their message on one line and exits with code 2."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Something the user gave is wrong: the message says what, where, and how to mend it."""
@@ -19,6 +23,12 @@ class InfeasibleBudget(UserError):
     def __init__(self, message: str, min_bytes: int) -> None:
         super().__init__(message)
         self.min_bytes = min_bytes
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as messages list them, cut after some 300 characters."""
+    text = ", ".join(names)
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def shown(value: object) -> str:

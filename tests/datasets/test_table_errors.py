@@ -307,3 +307,19 @@ def test_a_message_stays_on_one_line_whatever_a_column_is_called(tmp_path, capsy
     with pytest.raises(SystemExit):
         main(["prepare", "table", raw, "--roles", roles, "--out", str(tmp_path / "out")])
     assert capsys.readouterr().err.splitlines()[-1].endswith("has no column 'y'; there are two lines")
+
+
+def test_types_that_polars_does_not_know_matter_only_where_they_are_read(tmp_path):
+    wide = pa.decimal256(60, 0)
+    raw = parquet(tmp_path / "a.parquet")
+    pq.write_table(pq.read_table(raw).append_column("unread", pa.nulls(12, wide)), raw)
+    table.prepare([raw], tmp_path / "fine", roles=roles_in(tmp_path))
+    message = refusal(tmp_path, [parquet(tmp_path / "a.parquet", "x", None, wide)])
+    assert message.startswith("a.parquet, column 'x': holds Unknown, which the role dense cannot have")
+
+
+def test_a_table_of_very_many_columns_is_not_listed_in_full(tmp_path):
+    pq.write_table(pa.table({f"column {i}": [1] for i in range(1000)}), tmp_path / "a.parquet")
+    message = refusal(tmp_path, [tmp_path / "a.parquet"])
+    assert "there are column 0, column 1, " in message
+    assert len(message) < 400
