@@ -90,10 +90,13 @@ def prepare(
         if split == "time" and not events.has_times:
             raise UserError(f"{raw}: has no times, only an order; use split leave-one-out")
         log = _Log.of(events, min_events, raw)
-        part = _left_out(log) if split == "leave-one-out" else _cut_in_time(log, valid, test)
         dropped = {**events.dropped, f"users with fewer than {min_events} events": log.dropped}
         source = {"kind": "sequences", "events": len(log.users), "options": options, "dropped": dropped}
-        return _Preparation(events, log, part, options, source).write(folder)
+        try:
+            part = _left_out(log) if split == "leave-one-out" else _cut_in_time(log, valid, test)
+            return _Preparation(events, log, part, options, source).write(folder)
+        except UserError as error:
+            raise DataError(f"{raw}: {error}") from error
 
 
 def _check_options(options: dict[str, Any], sampler: str, seed: int) -> None:
