@@ -149,6 +149,7 @@ def _prepare_sequences(arguments: argparse.Namespace) -> None:
 
 
 def _say_prepared(out: Path, dataset: object) -> None:
+    from embtab.datasets.drift import drift_line
     from embtab.datasets.schema import SPLITS, Dataset
 
     assert isinstance(dataset, Dataset)
@@ -156,6 +157,9 @@ def _say_prepared(out: Path, dataset: object) -> None:
     ids = sum(column.num_ids for column in dataset.features)
     best = f"; Bayes AUC {dataset.bayes['auc']:.4f}" if dataset.bayes else ""
     print(f"{out}: {rows} rows, {len(dataset.features)} features with {ids:,} ids{best}")
+    for split in SPLITS[1:]:
+        if dataset.rows(split):
+            print(drift_line(out, split))
 
 
 def add_check_data(parser: argparse.ArgumentParser) -> None:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab.collections import EmbeddingBagCollection
+from embtab.datasets.drift import seen_counts
 from embtab.datasets.reader import ParquetBatches
-from embtab.features import read_features
 from embtab.hashing import mix64
 from embtab.training import metrics
 
@@ -31,15 +30,13 @@ BLOCK = 8192
 def rarity(folder: str) -> NDArray[np.int64] | None:
     """Of every row of the test split, how often the rarest of its ids occurs in the training split.
 
-    The id that all rare and unknown values share has no meaning of its own: it counts as never seen.
-
     Args:
         folder: a prepared dataset.
 
     Returns:
         int64 [rows], or None where no feature has counts.
     """
-    counts = {f.name: _counts(Path(folder), f.name, f.counts) for f in read_features(folder) if f.counts is not None}
+    counts = seen_counts(Path(folder))
     if not counts:
         return None
     rows = []
@@ -51,13 +48,6 @@ def rarity(folder: str) -> NDArray[np.int64] | None:
             np.minimum.at(rarest, row, seen[bags.values().numpy()])
         rows.append(rarest)
     return np.concatenate(rows)
-
-
-def _counts(folder: Path, name: str, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    file = pq.ParquetFile(folder / "vocab" / f"{name}.parquet")
-    if "value" not in file.schema_arrow.names or file.read(["value"])["value"][0].is_valid:
-        return counts
-    return np.concatenate([np.zeros(1, np.int64), counts[1:]])
 
 
 def slices(labels: NDArray, logits: NDArray, rarest: NDArray[np.int64]) -> dict[str, dict[str, float]]:

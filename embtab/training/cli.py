@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from embtab.datasets.drift import drift_line
 from embtab.errors import UserError
 from embtab.training.checkpoint import read_checkpoint
 from embtab.training.data import DataModule
@@ -134,10 +135,16 @@ class FitCLI(LightningCLI):
         attention = getattr(self.model, "attention", None)
         if attention is not None:
             print(f"attention:\n{attention.plan.describe()}", file=sys.stderr)
+        self._say_drift("valid")
         self._check_that_something_is_left(kwargs.get("ckpt_path"))
         self.trainer.fit(weights_only=True, **kwargs)
         if self.trainer.is_global_zero:
             print(f"run: {self.trainer.log_dir}", file=sys.stderr)
+
+    def _say_drift(self, split: str) -> None:
+        """How many ids of a split training never saw, which explains a good part of how its metrics turn out."""
+        if self.trainer.is_global_zero and self.datamodule.dataset.rows(split):
+            print(drift_line(self.datamodule.path, split), file=sys.stderr)
 
     def _check_that_something_is_left(self, path: str | None) -> None:
         """The Trainer would end at once without a word; it counts an epoch that max_steps cut short as done.
@@ -158,14 +165,17 @@ class FitCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Measures a checkpoint on the validation split."""
+        self._say_drift("valid")
         self.trainer.validate(weights_only=True, **kwargs)
 
     def test(self, **kwargs: Any) -> None:
         """Measures a checkpoint on the test split."""
+        self._say_drift("test")
         self.trainer.test(weights_only=True, **kwargs)
 
     def predict(self, **kwargs: Any) -> None:
         """Writes a probability for each row of the test split, in its order, to predictions.parquet."""
+        self._say_drift("test")
         kwargs["return_predictions"] = True
         batches = self.trainer.predict(weights_only=True, **kwargs)
         target = Path(self.trainer.log_dir or ".") / "predictions.parquet"
