@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from csv import Error as CsvError
 from csv import reader
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from embtab.datasets.criteo import numeric_order
 from embtab.datasets.roles import Csv
-from embtab.errors import DataError
+from embtab.errors import DataError, shown
 
 SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _BLOCK_BYTES = 8 << 20  # of text
@@ -176,36 +178,33 @@ def _types(schema: pa.Schema) -> dict[str, pl.DataType]:
 def _text_batches(
     path: Path, disk: BinaryIO, csv: Csv, convert: pc.ConvertOptions, first: int
 ) -> Iterator[pa.RecordBatch]:
-    bad: list[pc.InvalidRow] = []
     rows = first
     try:
-        for batch in _reader(path, disk, csv, convert, bad):
+        for batch in _reader(path, disk, csv, convert):
             yield batch
             rows += batch.num_rows
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         place, message = f"{path}, line {rows} or below", f"cannot be read as text: {_line(error)}"
-        if bad:
-            message = f"has {bad[0].actual_columns} columns, not {bad[0].expected_columns}: {bad[0].text[:60]!r}"
-            place = _place(path, lambda line: line.rstrip(b"\r\n") == bad[0].text.encode()) or place
+        if uneven := re.search(r"Expected (\d+) columns, got (\d+): (.*)", str(error), re.DOTALL):
+            message = f"has {uneven[2]} columns, not {uneven[1]}: {shown(uneven[3])}"
+            place = _place(path, partial(_has_columns, int(uneven[2]), _delimiter(path, csv), uneven[3])) or place
         elif "UTF8" in str(error):
             message = "is not valid UTF-8; write the text in that encoding"
             place = _place(path, lambda line: "\ufffd" in line.decode(errors="replace")) or place
         raise DataError(f"{place}: {message}") from error
 
 
-def _reader(
-    path: Path, disk: BinaryIO, csv: Csv, convert: pc.ConvertOptions, bad: list[pc.InvalidRow]
-) -> pc.CSVStreamingReader:
-    def refuse(row: pc.InvalidRow) -> str:
-        bad.append(row)
-        return "error"
+def _has_columns(count: int, delimiter: str, text: str, line: bytes) -> bool:
+    """Whether a line begins as pyarrow quotes it (not always in full), and has so many columns."""
+    found = line.decode(errors="replace").rstrip("\r\n")
+    return found.startswith(text[:90]) and len(next(reader([found], delimiter=delimiter), [])) == count
 
+
+def _reader(path: Path, disk: BinaryIO, csv: Csv, convert: pc.ConvertOptions) -> pc.CSVStreamingReader:
     return pc.open_csv(
         _unpacked(disk),
         read_options=pc.ReadOptions(block_size=_BLOCK_BYTES, column_names=list(csv.columns) or None),
-        parse_options=pc.ParseOptions(
-            delimiter=_delimiter(path, csv), newlines_in_values=True, invalid_row_handler=refuse
-        ),
+        parse_options=pc.ParseOptions(delimiter=_delimiter(path, csv), newlines_in_values=True),
         convert_options=convert,
     )
 
@@ -223,7 +222,7 @@ def _unpacked(disk: BinaryIO) -> BinaryIO:
 
 def _place(path: Path, wrong: Callable[[bytes], bool]) -> str | None:
     """The first line of which something holds; slow, but it runs once."""
-    with path.open("rb") as disk, suppress(OSError, EOFError, zlib.error):
+    with path.open("rb") as disk, suppress(OSError, EOFError, zlib.error, CsvError):
         return next((f"{path}, line {number}" for number, line in enumerate(_unpacked(disk), 1) if wrong(line)), None)
     return None
 

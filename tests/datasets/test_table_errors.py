@@ -167,6 +167,11 @@ GOOD = b"1,2.5,a,3,1|2,v,17\n"
         (b"", "is empty"),
         (HEAD, "holds no rows"),
         (HEAD + GOOD * 3 + b"1,2\n" + GOOD, ", line 5: has 2 columns, not 7: '1,2'"),
+        (HEAD + GOOD + b"1,\xff\n" + GOOD, ", line 3: has 2 columns, not 7: '1,\ufffd'"),
+        (
+            HEAD + GOOD.replace(b"a", b"a" * 200) + GOOD.replace(b"a", b"a" * 200 + b","),
+            ", line 3: has 8 columns, not 7",
+        ),
         (HEAD + GOOD + GOOD.replace(b"a", b"\xff"), ", line 3: is not valid UTF-8"),
         (HEAD + GOOD + GOOD.replace(b"2.5", b"NA"), ", line 3, column 'x': must be a number or blank, got 'NA'"),
         (HEAD + GOOD + GOOD.replace(b"2.5", b""), ", line 3, column 'x': holds a null"),
