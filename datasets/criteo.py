@@ -13,7 +13,6 @@ size of the text; it is removed at the end, also after an error.
 from __future__ import annotations
 
 import gzip
-import math
 import re
 import shutil
 import zlib
@@ -32,6 +31,7 @@ from embtab.files import new_folder
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
+FLOAT32_MAX = 3.4028234663852886e38
 DENSE_TRANSFORMS = ("log", "log1p", "none")
 
 _COLUMNS = ("label", *INTEGERS, *CATEGORIES)
@@ -82,8 +82,8 @@ def prepare(
         raise UserError(f"min_count must be 1 or more, got {min_count}")
     if dense_transform not in DENSE_TRANSFORMS:
         raise UserError(f"unknown dense_transform {dense_transform!r}; choose one of {', '.join(DENSE_TRANSFORMS)}")
-    if not math.isfinite(blank):
-        raise UserError(f"blank must be a finite number, got {blank}")
+    if not abs(blank) <= FLOAT32_MAX:
+        raise UserError(f"blank must be a finite float32 number, got {blank}")
     files = _expand(raw)
     with new_folder(out) as folder:
         staging = folder / "staging"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from embtab.datasets.criteo import DENSE_TRANSFORMS
+from embtab.datasets.criteo import DENSE_TRANSFORMS, FLOAT32_MAX
 from embtab.datasets.splits import check_fractions
 from embtab.errors import UserError
 
@@ -158,8 +157,8 @@ def _check(roles: Roles) -> None:
         if dense.transform not in DENSE_TRANSFORMS:
             known = ", ".join(DENSE_TRANSFORMS)
             raise UserError(f"dense column {dense.column!r}: transform must be one of {known}; got {dense.transform!r}")
-        if dense.fill is not None and not math.isfinite(dense.fill):
-            raise UserError(f"dense column {dense.column!r}: fill must be a finite number, got {dense.fill}")
+        if dense.fill is not None and not abs(dense.fill) <= FLOAT32_MAX:
+            raise UserError(f"dense column {dense.column!r}: fill must be a finite float32 number, got {dense.fill}")
     for feature in roles.features:
         _check_feature(feature, {each.column: each for each in roles.features})
     _check_time(roles.time)
@@ -189,6 +188,8 @@ def _check_feature(feature: Ids, known: Mapping[str, Ids]) -> None:
         value = getattr(feature, option)
         if value is not None and value < 1:
             raise UserError(f"{where}: {option} must be 1 or more, got {value}")
+        if value is not None and value >= 2**31:
+            raise UserError(f"{where}: {option} must be below 2^31, got {value}")
 
 
 def _check_time(time: Time | None) -> None:

@@ -241,7 +241,7 @@ def test_missing_and_hopeless_inputs(tmp_path):
     for options in ({"min_count": 0}, {"dense_transform": "sqrt"}, {"valid": 1.0}, {"valid": 0.5, "test": 0.5}):
         with pytest.raises(UserError):
             criteo.prepare([raw], out, **options)
-    with pytest.raises(UserError, match="blank must be a finite number"):
+    with pytest.raises(UserError, match="blank must be a finite float32 number"):
         criteo.prepare([raw], out, blank=math.nan)
     assert not out.exists()
     (out / "mine").mkdir(parents=True)
