@@ -84,6 +84,8 @@ def _read(file: Path) -> pl.DataFrame:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not text (byte {error.start} is not UTF-8)") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     if not lines:
         raise DataError(f"{file}: is empty; fetch it again")
     rows = [_row(line, f"{file}: line {number}") for number, line in enumerate(lines, 1)]

@@ -96,6 +96,8 @@ def _rows_of_ratings(file: Path, valid: float, test: float) -> tuple[pl.DataFram
     """Columns label, user_id and movie in time order; the rows of each split; what `dataset.json` says of them."""
     ratings = _read_ratings(file)
     rows = ratings.filter(pl.col("rating") != 3).sort("time", USER, "movie", maintain_order=True)
+    if rows.is_empty():
+        raise DataError(f"{file}: holds no rating but 3, which says neither yes nor no")
     source = {
         "ratings": len(ratings),
         "dropped": {"rating 3": len(ratings) - len(rows)},
@@ -263,7 +265,10 @@ def _read_text(
     file: Path, separator: str, columns: Sequence[str], numbers: Sequence[str], key: str | None = None
 ) -> pl.DataFrame:
     """A Latin-1 file of lines as strings, with `numbers` as int64 and each value of `key` only once."""
-    lines = file.read_bytes().decode("latin-1").split("\n")
+    try:
+        lines = file.read_bytes().decode("latin-1").split("\n")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     rows = [line.removesuffix("\r").split(separator) for line in (lines if lines[-1] else lines[:-1])]
     if not rows:
         raise DataError(f"{file}: is empty; fetch it again")

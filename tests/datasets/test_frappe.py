@@ -111,6 +111,9 @@ def test_bad_files_are_named(tmp_path):
     assert_refused(raw, "test.libsvm: is empty")
     (raw / "test.libsvm").write_bytes(b"1 \xff")
     assert_refused(raw, "test.libsvm: is not text")
+    (raw / "test.libsvm").unlink()
+    (raw / "test.libsvm").mkdir()
+    assert_refused(raw, "test.libsvm: cannot be read: Is a directory")
     swapped = [[label, item, user, *rest] for label, user, item, *rest in fake_lines(20, 1)]
     write(tmp_path / "swapped", valid=fake_lines(20, 0), test=swapped)
     assert_refused(tmp_path / "swapped", "occur in the fields item and user")

@@ -305,8 +305,13 @@ def test_bad_folders_are_named(tmp_path):
     assert_refused(raw, "u.user: no such file; ml-100k needs it beside u.data")
     (raw / "u.user").write_text("")
     assert_refused(raw, "u.user: is empty")
+    (raw / "u.data").write_text("1\t1\t3\t5\n")
+    assert_refused(raw, "u.data: holds no rating but 3")
     (raw / "u.data").write_text("")
     assert_refused(raw, "u.data: is empty")
+    (raw / "u.data").unlink()
+    (raw / "u.data").mkdir()
+    assert_refused(raw, "u.data: cannot be read: Is a directory")
 
 
 def test_bad_options_are_refused(tmp_path):
