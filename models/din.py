@@ -21,12 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from embtab.errors import UserError
 from embtab.models.events import Events, segment_softmax
 from embtab.models.layers import Head, Linear, activation, linear, mlp
-from embtab.models.segments import spread, weighted_sum
+from embtab.models.segments import row_products, spread, weighted_sum
+
+LONG = 128  # events a row from which on a matrix for each row pays, on a CPU
 
 
 class ActivationUnit(nn.Module):
@@ -49,11 +52,23 @@ class ActivationUnit(nn.Module):
         """Scores [N] of events [N, E]; the first lengths_b[0] of them belong to the first of the targets [B, E]."""
         of_q, of_k, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         per_row = linear(target_be, of_q + of_difference, self.first.bias)
-        per_event = linear(history_ne, of_k - of_difference)
         total = history_ne.shape[0]  # not len(), which an export would take for a constant
-        product = linear(spread(target_be, lengths_b, total) * history_ne, of_product)
-        scores: Tensor = self.rest(spread(per_row, lengths_b, total) + per_event + product)
+        if _is_long(history_ne, target_be):
+            matrices_beh = torch.addcmul((of_k - of_difference).t(), target_be.unsqueeze(2), of_product.t())
+            per_event = row_products(history_ne, matrices_beh, lengths_b)
+        else:
+            per_event = linear(spread(target_be, lengths_b, total) * history_ne, of_product)
+            per_event.add_(linear(history_ne, of_k - of_difference))  # in place: large results cost their pages
+        scores: Tensor = self.rest(per_event.add_(spread(per_row, lengths_b, total)))
         return scores.squeeze(-1)
+
+
+def _is_long(history_ne: Tensor, target_be: Tensor) -> bool:
+    """Whether a matrix for each row is quicker: k (Wk - Wd) + (q * k) Wp = k (Wk - Wd + diag(q) Wp)."""
+    quick = history_ne.device.type == "cpu" and history_ne.dtype == torch.float32
+    if not quick or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return len(history_ne) >= LONG * len(target_be)
 
 
 class DIN(nn.Module):

@@ -33,6 +33,12 @@ def weighted_sum(values_ne: Tensor, weights_n: Tensor, lengths_b: Tensor) -> Ten
     return sums_be
 
 
+def row_products(values_ne: Tensor, matrices_beh: Tensor, lengths_b: Tensor) -> Tensor:
+    """The product of each event [E] and the matrix [E, H] of its row: float [N, E] -> [N, H]."""
+    products_nh: Tensor = _RowProducts.apply(values_ne.contiguous(), matrices_beh, lengths_b)
+    return products_nh
+
+
 def _has_kernel(values: Tensor) -> bool:
     return values.dtype == torch.float32 and not torch.compiler.is_compiling()
 
@@ -69,3 +75,30 @@ class _WeightedSum(torch.autograd.Function):
         gradient_ne = gradient_be.index_select(0, owner(lengths_b, len(values_ne)))
         of_weights = torch.linalg.vecdot(gradient_ne, values_ne)
         return gradient_ne.mul_(weights_n.unsqueeze(1)), of_weights, None
+
+
+class _RowProducts(torch.autograd.Function):
+    """Row by row into one result: histories are of any length, and nothing is padded."""
+
+    @staticmethod
+    def forward(ctx: Any, values_ne: Tensor, matrices_beh: Tensor, lengths_b: Tensor) -> Tensor:
+        ctx.save_for_backward(values_ne, matrices_beh)
+        ctx.lengths = lengths_b.tolist()
+        products_nh = values_ne.new_empty(len(values_ne), matrices_beh.shape[2])
+        each = zip(values_ne.split(ctx.lengths), matrices_beh, products_nh.split(ctx.lengths), strict=True)
+        for values_le, matrix_eh, product_lh in each:
+            torch.mm(values_le, matrix_eh, out=product_lh)
+        return products_nh
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_nh: Tensor) -> tuple[Tensor | None, ...]:
+        values_ne, matrices_beh = ctx.saved_tensors
+        of_values_ne, of_matrices_beh = torch.empty_like(values_ne), torch.empty_like(matrices_beh)
+        parts = (each.split(ctx.lengths) for each in (gradient_nh.contiguous(), values_ne, of_values_ne))
+        for gradient_lh, values_le, of_values_le, matrix_eh, of_matrix_eh in zip(
+            *parts, matrices_beh, of_matrices_beh, strict=True
+        ):
+            torch.mm(gradient_lh, matrix_eh.t(), out=of_values_le)
+            torch.mm(values_le.t(), gradient_lh, out=of_matrix_eh)
+        return of_values_ne, of_matrices_beh, None

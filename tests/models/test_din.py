@@ -172,3 +172,38 @@ def test_mistakes_are_named():
         ActivationUnit(3, ())
     with pytest.raises(UserError, match="dropout"):
         Head(3, dropout=1.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 7, 5000])
+def test_dice_in_pieces_is_dice_written_out(training: bool, rows: int):
+    """Values, gradients and running statistics against float64, which goes the plain way."""
+    torch.manual_seed(0)
+    s = torch.randn(rows, 5) * 3 + 1
+    plain, quick = Dice(5).double().train(training), Dice(5).train(training)
+    for dice in (plain, quick):
+        nn.init.constant_(dice.alpha, 0.3)
+        nn.init.constant_(dice.norm.running_mean, 0.7)
+    gradient = torch.randn(rows, 5)
+    found = []
+    for dice, dtype in ((plain, torch.float64), (quick, torch.float32)):
+        given = s.to(dtype, copy=True).requires_grad_()
+        out = dice(given)
+        grads = torch.autograd.grad(out, [given, dice.alpha], gradient.to(dtype), retain_graph=True)
+        found.append([out, *grads, dice.norm.running_mean, dice.norm.running_var])
+    for wanted, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_long_histories_of_any_length_score_as_short_ones(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    unit, lengths = ActivationUnit(6, (8,), "sigmoid"), torch.tensor([40, 0, 3, 70])
+    target, history = torch.randn(4, 6), torch.randn(113, 6)
+    found = []
+    for long in (1, 10**6):
+        monkeypatch.setattr("embtab.models.din.LONG", long)
+        given = [each.clone().requires_grad_() for each in (target, history)]
+        scores = unit(*given, lengths)
+        found.append([scores, *torch.autograd.grad(scores.sin().sum(), [*given, *unit.parameters()])])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
