@@ -24,6 +24,12 @@ from embtab.training.sequence_task import SequenceTask
 from embtab.training.task import RankingTask
 
 ITEMS, CATEGORIES = 1_000_000, 10_000
+EVENTS = [
+    Feature("item", ITEMS, id_space="items"),
+    Feature("category", CATEGORIES, id_space="categories"),
+    Feature("items", ITEMS, pooling="none", id_space="items"),
+    Feature("categories", CATEGORIES, pooling="none", id_space="categories"),
+]
 
 
 class SparseEmbedding(nn.Module):
@@ -45,20 +51,27 @@ class SparseEmbedding(nn.Module):
 def autoint_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, device: torch.device) -> dict[str, Arm]:
     """AutoInt+ as published for Criteo, but 32 wide (3 layers, 2 heads, DNN 400-400), on each kind of tables.
 
-    The tables of "nn.EmbeddingBag" are here one nn.Embedding under SparseAdam.
+    The tables of "nn.EmbeddingBag" are here one nn.Embedding under SparseAdam. A name may end in "+bf16", for the
+    forward pass under autocast, as Lightning's bf16-mixed has it.
     """
-    sparse, dense = case.batches(4, device), numeric(case, 4, device)
-    batches = [Batch(x, ids, y) for ids, (x, y) in zip(sparse, dense, strict=True)]
-    arms = {}
+    batches, arms = autoint_batches(case, device), {}
     for name in names:
         torch.manual_seed(0)
         model = AutoInt(13, len(case.features), case.dim, attention_dim=32).to(device)
         if name == TORCH:
             arms[name] = _plain_arm(SparseEmbedding(case, device), model, batches)
         else:
-            task = RankingTask(make_tables(name, case, budget, optimizer, device).module, model)
-            arms[name] = _arm(task.loss, [task.configure_optimizers()], batches)
+            tables = make_tables(name.removesuffix("+bf16"), case, budget, optimizer, device)
+            task = RankingTask(tables.module, model)
+            mixed = torch.autocast(device.type, torch.bfloat16, enabled=name.endswith("+bf16"))
+            arms[name] = _arm(mixed(task.loss), [task.configure_optimizers()], batches)
     return arms
+
+
+def autoint_batches(case: Case, device: torch.device) -> list[Batch]:
+    """Criteo's features and 13 numbers, each id in a bag of `case.bag`."""
+    sparse, dense = case.batches(4, device), numeric(case, 4, device)
+    return [Batch(x, ids, y) for ids, (x, y) in zip(sparse, dense, strict=True)]
 
 
 def _plain_arm(tables: SparseEmbedding, model: nn.Module, batches: Sequence[Batch]) -> Arm:
@@ -82,18 +95,11 @@ def din_arms(
         device: where to train.
         fill: the shortest history as a share of the longest; lengths are uniform between the two.
     """
-    features = [
-        Feature("item", ITEMS, id_space="items"),
-        Feature("category", CATEGORIES, id_space="categories"),
-        Feature("items", ITEMS, pooling="none", id_space="items"),
-        Feature("categories", CATEGORIES, pooling="none", id_space="categories"),
-    ]
-    batches = [_sequences(case, features, fill, i, device) for i in range(4)]
-    arms = {}
+    batches, arms = din_batches(case, fill, device), {}
     for name in names:
         torch.manual_seed(0)
         method, _, _ = name.partition(":")
-        planned = plan(features, method, None if method == "dense" else budget, case.dim)
+        planned = plan(EVENTS, method, None if method == "dense" else budget, case.dim)
         tables = EmbeddingCollection(planned, optimizer=Optimizer(optimizer, LR), device=device)
         model = DIN(0, 0, 2, case.dim, attention=(64,), hidden=(512, 128, 64), act="relu").to(device)
         task = SequenceTask(tables, model)
@@ -101,14 +107,19 @@ def din_arms(
     return arms
 
 
-def _sequences(case: Case, features: Sequence[Feature], fill: float, seed: int, device: torch.device) -> Batch:
+def din_batches(case: Case, fill: float, device: torch.device) -> list[Batch]:
+    """Targets with histories of up to `case.bag` events."""
+    return [_sequences(case, fill, i, device) for i in range(4)]
+
+
+def _sequences(case: Case, fill: float, seed: int, device: torch.device) -> Batch:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(int(case.bag * fill), case.bag + 1, case.batch)
     targets, events = (draw(rng, ITEMS, size, case.skew) for size in (case.batch, int(lengths.sum())))
     values = np.concatenate([targets, targets % CATEGORIES, events, events % CATEGORIES])
     ones = np.ones(case.batch, np.int64)
     bags = torch.from_numpy(np.concatenate([ones, ones, lengths, lengths]))
-    names = [feature.name for feature in features]
+    names = [feature.name for feature in EVENTS]
     sparse = KeyedJaggedTensor(names, torch.from_numpy(values), lengths=bags).to(device)
     label = torch.from_numpy(rng.integers(0, 2, case.batch).astype(np.float32))
     return Batch(torch.empty(case.batch, 0, device=device), sparse, label.to(device))
