@@ -1,6 +1,6 @@
 """The command line. Heavy imports wait until a command needs them: `embtab --help` answers at once.
 
-A mistake of the user is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+A mistake of the user, or what the system refuses, is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from embtab import __version__
 from embtab.commands import bench, bundle, compare, data, doctor, plan, search
 from embtab.commands.parser import Parser
-from embtab.errors import UserError
+from embtab.errors import UserError, of_a_full_disk
 
 TRAINING = {
     "fit": "train a ranker and its tables from a configuration (LightningCLI)",
@@ -39,12 +40,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments = build_parser().parse_args(given)
             arguments.run(arguments)
     except UserError as error:
-        said = " ".join(str(error).splitlines())  # a column's name, or what a library says, may hold line breaks
-        print(f"embtab: error: {said}", file=sys.stderr)
-        sys.exit(2)
+        _fail(" ".join(str(error).splitlines()))  # a column's name, or what a library says, may hold line breaks
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        _fail(f"{error.filename}: {reason}" if error.filename else reason)
+    except Exception as error:
+        full = of_a_full_disk(error)
+        if full is None:
+            raise
+        _fail(full)
     except KeyboardInterrupt:
         print("embtab: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    """One line, and the exit code of mistakes."""
+    print(f"embtab: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -35,3 +38,14 @@ def shown(value: object) -> str:
     """A value as messages show it, on one line of at most some 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def of_a_full_disk(error: BaseException | None) -> str | None:
+    """What the system said where an error, or one that led to it, comes of a disk or quota that is full; else None."""
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors and polars pass it on
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
