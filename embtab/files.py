@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import glob
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from embtab.errors import UserError
+from embtab.errors import UserError, of_a_full_disk
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` in one step; a crash leaves the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    with replaced_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yields an empty file beside `path` that takes its place when the block ends well, and vanishes when it fails.
+
+    A process that is killed leaves the old file or the new one at `path`, and perhaps a hidden one beside it, which the
+    next one clears away.
+    """
+    with hidden(path, Path.touch) as beside:
+        yield beside
+        sync(beside)
         os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -42,10 +50,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: already exists; remove it or choose another output folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(path) as beside:
+    with hidden(path) as beside:
         yield beside
-        os.replace(beside, path)  # an empty folder at `path` is replaced too
+        try:
+            os.replace(beside, path)  # an empty folder at `path` is replaced too
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise UserError(f"{path}: another process wrote it meanwhile; it is kept, and this one is not") from None
 
 
 @contextmanager
@@ -62,45 +74,81 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         with new_folder(path) as beside:
             yield beside
         return
-    with _beside(path) as beside:
+    with hidden(path) as beside:
         yield beside
         _exchange(beside, path)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """An empty hidden folder next to `path`, removed at the end; those of killed processes are removed at the start.
+def hidden(path: Path, make: Callable[..., None] = Path.mkdir) -> Iterator[Path]:
+    """A hidden folder (or file) next to `path`, removed at the end; those of killed processes are removed at the start.
 
-    The folder is locked while its process lives, so that one that can be locked is nobody's.
+    It is locked while its process lives, so that one that can be locked is nobody's.
+
+    Raises:
+        UserError: when the disk is full, or nothing can be written there.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with _held(left, wait=False) as mine:
-            if mine:
-                shutil.rmtree(left, ignore_errors=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     while True:
-        beside.mkdir(exist_ok=True)
-        with _held(beside, wait=True) as mine:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clear(path.parent, glob.escape(path.name))
+            make(beside, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        with held(beside, wait=True) as mine:
             if not mine:  # cleared away between the two lines above
                 continue
             try:
                 yield beside
                 return
+            except Exception as error:
+                reason = of_a_full_disk(error)
+                if reason is None:
+                    raise
+                raise UserError(f"{path}: cannot be written ({reason}); what was there is as it was") from error
             finally:
-                shutil.rmtree(beside, ignore_errors=True)
+                _remove(beside)
 
 
 @contextmanager
-def _held(folder: Path, wait: bool) -> Iterator[bool]:
-    """Locks a folder, and says whether it is there and this process's."""
+def scratch() -> Iterator[Path]:
+    """A folder among the system's temporary files, removed at the end; those of killed processes at the start."""
+    while True:
+        clear(Path(tempfile.gettempdir()), "embtab")
+        made = tempfile.TemporaryDirectory(prefix=f".embtab.{os.getpid()}.", suffix=".tmp")
+        with made as folder, held(Path(folder), wait=True) as mine:
+            if mine:
+                yield Path(folder)
+                return
+
+
+def clear(folder: Path, name: str = "*") -> None:
+    """Removes the hidden files and folders that killed processes left where they wrote `name`, a glob pattern."""
+    for left in folder.glob(f".{name}.[0-9]*.tmp"):
+        with suppress(PermissionError), held(left, wait=False) as mine:  # others' are theirs to remove
+            if mine:
+                _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: Path, wait: bool) -> Iterator[bool]:
+    """Locks a file or folder, and says whether it is there and this process's."""
     try:
-        opened = os.open(folder, os.O_RDONLY)
+        opened = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         yield False
         return
     try:
         fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there = os.path.samestat(os.fstat(opened), folder.stat())
+        there = os.path.samestat(os.fstat(opened), path.stat())
     except (BlockingIOError, FileNotFoundError):
         there = False
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from embtab.bundle import save
 from embtab.collections import _Collection
 from embtab.delta import CHANGES, FORMAT, VERSION, changes, described
 from embtab.errors import UserError
-from embtab.files import new_folder
+from embtab.files import hidden, new_folder
 from embtab.reader import Bundle
 from embtab.signed import write_signed
 
@@ -51,8 +50,8 @@ def save_delta(
     old = Bundle(base, deltas=deltas)
     precisions = {table["precision"] for table in old.plan["tables"]}
     out = Path(path)
-    with new_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{out.name}.") as beside:
-        whole = Path(beside) / "whole"
+    with new_folder(out) as folder, hidden(out.with_name(f"{out.name}.whole")) as beside:
+        whole = beside / "bundle"
         save(tables, whole, precision=precisions.pop() if len(precisions) == 1 else None)
         new = Bundle(whole, verify=False)
         if described(old.config) != described(new.config):

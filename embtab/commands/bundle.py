@@ -115,9 +115,8 @@ def _export_delta(arguments: argparse.Namespace, is_bundle: bool) -> None:
 
 
 def _export_program(arguments: argparse.Namespace, is_bundle: bool) -> None:
-    import tempfile
-
     from embtab.bundle import refuse_existing, save
+    from embtab.files import hidden
     from embtab.reader import Bundle
     from embtab.serving.exported import export
     from embtab.serving.ranker import Ranker, load_trained
@@ -134,13 +133,13 @@ def _export_program(arguments: argparse.Namespace, is_bundle: bool) -> None:
         export(ServedTables(opened, weighted=True, single=single), opened, arguments.out, arguments.format)
         return
     trained = load_trained(arguments.source, arguments.config)
-    with tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=f".{arguments.out.name}.") as folder:
-        save(trained.tables, Path(folder) / "bundle", precision=arguments.precision)
-        opened = Bundle(Path(folder) / "bundle", verify=False)
+    with hidden(arguments.out.with_name(f"{arguments.out.name}.tables")) as folder:
+        save(trained.tables, folder / "bundle", precision=arguments.precision)
+        opened = Bundle(folder / "bundle", verify=False)
         attention = None
         if trained.attention is not None:
-            save(trained.attention, Path(folder) / "attention", precision=arguments.precision)
-            attention = Bundle(Path(folder) / "attention", verify=False)
+            save(trained.attention, folder / "attention", precision=arguments.precision)
+            attention = Bundle(folder / "attention", verify=False)
         single = _single(arguments.single, opened)
         ranker = Ranker(opened, trained.model, trained.num_dense, single=single, attention=attention)
         export(ranker, opened, arguments.out, arguments.format, trained.about)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 
 from embtab.compare.summary import Row
 from embtab.errors import UserError
-from embtab.files import write_text
+from embtab.files import replaced_file, write_text
 
 METRICS = ("auc", "logloss", "ne", "calibration", "gauc", "hr@10", "ndcg@10", "val_auc", "epochs")
 """On the test split, but for val_auc."""
@@ -115,12 +114,8 @@ def write_parquet(file: Path, rows: Sequence[Row]) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces `path` by `content` in one step; a crash leaves the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced_file(path) as beside:
         beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _arrow_type(name: str) -> pa.DataType:

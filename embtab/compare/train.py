@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -22,6 +20,7 @@ from embtab.compare import measure
 from embtab.compare.statistics import resampled_auc
 from embtab.compare.sweep import Sweep
 from embtab.errors import UserError
+from embtab.files import scratch
 from embtab.lookup import Optimizer
 from embtab.planning import Plan
 from embtab.training import metrics
@@ -73,8 +72,8 @@ def train(sweep: Sweep, plans: Mapping[str, Plan], seed: int, show: bool = False
     progress = Progress()
     if not show:
         progress.disable()
-    with tempfile.TemporaryDirectory() as folder:
-        best = ModelCheckpoint(Path(folder), filename="best", monitor="val/auc", mode="max")
+    with scratch() as folder:
+        best = ModelCheckpoint(folder, filename="best", monitor="val/auc", mode="max")
         stop = EarlyStopping("val/auc", mode="max", patience=sweep.patience)
         trainer = make_trainer(sweep.epochs, [best, stop, progress])
         started = time.perf_counter()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from embtab.bundle import save as save_bundle
 from embtab.collections import EmbeddingBagCollection
 from embtab.compare.sweep import Sweep
-from embtab.files import write_text
+from embtab.files import replaced_file, scratch, write_text
 from embtab.learned.claim import claim, make_lab, options_of, settings_of
 from embtab.learned.forms import compacted, plan_of
 from embtab.learned.method import Found, Lab, tensors
@@ -150,8 +149,8 @@ def _place(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield folder
         return
-    with tempfile.TemporaryDirectory() as place:
-        yield Path(place)
+    with scratch() as place:
+        yield place
 
 
 def _served(lab: Lab, found: Found) -> tuple[Training, Plan, EmbeddingBagCollection]:
@@ -219,7 +218,8 @@ def with_pareto(archive: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _write(folder: Path, lab: Lab, found: Found, result: Result) -> None:
     """The artefacts. All but cost.json and the bundle's date are the same, byte for byte, for the same settings."""
-    save_file(tensors(found.masks), folder / "masks.safetensors")
+    with replaced_file(folder / "masks.safetensors") as beside:
+        beside.write_bytes(save(tensors(found.masks)))
     write_text(folder / "plan.json", _json(result.plan.to_dict()))
     write_text(folder / "archive.json", _json(result.archive))
     write_text(folder / "archive.csv", _csv(result.archive))

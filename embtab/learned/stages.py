@@ -8,7 +8,6 @@ Every file is written beside and renamed. They hold tensors and plain types alon
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from embtab.errors import UserError
-from embtab.files import sync
+from embtab.files import replaced_file
 
 State = dict[str, Any]
 Save = Callable[[State], None]
@@ -54,13 +53,8 @@ class Stages:
 
 def write(path: Path, state: State) -> None:
     """Replaces a file by a state in one step."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(state, beside)
-        sync(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replaced_file(path) as beside, beside.open("wb") as file:
+        torch.save(state, file)
 
 
 def read(path: Path) -> State:

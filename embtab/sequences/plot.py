@@ -8,6 +8,7 @@ from typing import Any
 
 from embtab.compare.statistics import mean_interval
 from embtab.errors import UserError
+from embtab.files import replaced_file
 
 Row = dict[str, Any]
 
@@ -43,7 +44,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("AUC")
     panels[0][-1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with replaced_file(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
     plt.close(figure)
 
 

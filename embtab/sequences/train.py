@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from embtab.datasets.schema import Dataset
+from embtab.files import scratch
 from embtab.models import DARE, DIN
 from embtab.planning import Plan, plan
 from embtab.sequences.study import Cell, Study
@@ -104,8 +103,8 @@ def train(study: Study, cell: Cell) -> dict[str, Any]:
     L.seed_everything(cell.seed, workers=True, verbose=False)
     started = time.perf_counter()
     task, data = make_task(study, cell), DataModule(study.data, study.batch_size, seed=cell.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        best = ModelCheckpoint(Path(folder), filename="best", monitor="val/auc", mode="max")
+    with scratch() as folder:
+        best = ModelCheckpoint(folder, filename="best", monitor="val/auc", mode="max")
         trainer = L.Trainer(
             max_epochs=study.epochs,
             accelerator="cpu" if not torch.cuda.is_available() else "gpu",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import warnings
@@ -24,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from embtab.datasets.drift import drift_line
 from embtab.errors import UserError
+from embtab.files import replaced_file
 from embtab.training.checkpoint import read_checkpoint
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
@@ -179,10 +179,8 @@ class FitCLI(LightningCLI):
         kwargs["return_predictions"] = True
         batches = self.trainer.predict(weights_only=True, **kwargs)
         target = Path(self.trainer.log_dir or ".") / "predictions.parquet"
-        beside = target.with_suffix(f".{os.getpid()}.tmp")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"probability": torch.cat(batches).numpy()}), beside)
-        os.replace(beside, target)
+        with replaced_file(target) as beside:
+            pq.write_table(pa.table({"probability": torch.cat(batches).numpy()}), beside)
         print(f"predictions: {target}", file=sys.stderr)
 
 
