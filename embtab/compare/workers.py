@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from embtab.compare.summary import Row
@@ -87,12 +89,23 @@ def outcomes(jobs: Mapping[str, AnyJob], at_a_time: int) -> Iterator[Outcome]:
 
 def _side_by_side(jobs: Mapping[str, AnyJob], at_a_time: int) -> Iterator[Outcome]:
     # Spawned, since a fork of a process that has used OpenMP may hang.
-    with ProcessPoolExecutor(at_a_time, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(at_a_time, get_context("spawn"), _end_with_parent) as pool:
         try:
             for future in as_completed([pool.submit(_outcome, key, job) for key, job in jobs.items()]):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this process once the one that started it is gone.
+
+    A worker waits for its next job in vain when its parent is killed, for ever; or it trains on, and writes into the
+    folder of a search that another run has taken up.
+    """
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _outcome(key: str, job: AnyJob) -> Outcome:
