@@ -24,6 +24,7 @@ from embtab.files import scratch
 from embtab.lookup import Optimizer
 from embtab.planning import Plan
 from embtab.training import metrics
+from embtab.training.checkpoint import WholeFiles
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
 from embtab.training.task import RankingTask, Rows
@@ -116,6 +117,7 @@ def make_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
         accelerator="cpu" if not torch.cuda.is_available() else "gpu",
         devices=1,
         callbacks=callbacks,
+        plugins=[WholeFiles()],
         logger=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -15,6 +15,7 @@ from embtab.models import DARE, DIN
 from embtab.planning import Plan, plan
 from embtab.sequences.study import Cell, Study
 from embtab.sizes import parse_bytes
+from embtab.training.checkpoint import WholeFiles
 from embtab.training.data import DataModule
 from embtab.training.layout import Layout
 from embtab.training.progress import Progress
@@ -110,6 +111,7 @@ def train(study: Study, cell: Cell) -> dict[str, Any]:
             accelerator="cpu" if not torch.cuda.is_available() else "gpu",
             devices=1,
             callbacks=[best, EarlyStopping("val/auc", mode="max", patience=study.patience), Progress()],
+            plugins=[WholeFiles()],
             logger=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

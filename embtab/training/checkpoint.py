@@ -9,13 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.errors import UserError
+from embtab.files import replaced_file
 from embtab.planning import Plan
 
 _PACKAGES = ("embtab", "torch", "fbgemm-gpu", "torchrec", "lightning")
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside, and renames it.
+
+    Lightning writes among the system's temporary files. Where those are on another disk, what follows is a copy, and a
+    kill in its midst leaves half a checkpoint in place of the last good one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Replaces the file at `path` in one step; what is no local file is left to Lightning."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with replaced_file(Path(path)) as beside, beside.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 def description(plan: Plan | None, about: Mapping[str, Any]) -> dict[str, Any]:

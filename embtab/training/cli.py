@@ -7,7 +7,8 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,15 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from embtab.datasets.drift import drift_line
 from embtab.errors import UserError
-from embtab.files import replaced_file
-from embtab.training.checkpoint import read_checkpoint
+from embtab.files import clear, held, replaced_file
+from embtab.training.checkpoint import WholeFiles, read_checkpoint
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
 from embtab.training.sequence_task import FitSequenceTask
@@ -110,9 +112,12 @@ class FitCLI(LightningCLI):
         """The configured Trainer with our progress and checkpoints added to its callbacks."""
         self.trainer_defaults = {**_DEFAULTS, "callbacks": self._callbacks()}
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             raise UserError(f"trainer: {_one_line(error)}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
+        return trainer
 
     def _callbacks(self) -> list[Callback]:
         trainer = self._get(self.config_init, "trainer")
@@ -137,7 +142,8 @@ class FitCLI(LightningCLI):
             print(f"attention:\n{attention.plan.describe()}", file=sys.stderr)
         self._say_drift("valid")
         self._check_that_something_is_left(kwargs.get("ckpt_path"))
-        self.trainer.fit(weights_only=True, **kwargs)
+        with self._run_folder():
+            self.trainer.fit(weights_only=True, **kwargs)
         if self.trainer.is_global_zero:
             print(f"run: {self.trainer.log_dir}", file=sys.stderr)
 
@@ -145,6 +151,29 @@ class FitCLI(LightningCLI):
         """How many ids of a split training never saw, which explains a good part of how its metrics turn out."""
         if self.trainer.is_global_zero and self.datamodule.dataset.rows(split):
             print(drift_line(self.datamodule.path, split), file=sys.stderr)
+
+    @contextmanager
+    def _run_folder(self) -> Iterator[None]:
+        """Keeps the run's folder for this process: two that start at once would both find the same one free.
+
+        Raises:
+            UserError: when another process writes there.
+        """
+        folder = self.trainer.log_dir
+        if (
+            folder is None
+            or not self.trainer.is_global_zero
+            or not (self.trainer.loggers or self.trainer.checkpoint_callbacks)
+        ):
+            yield
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with held(Path(folder), wait=False) as mine:
+            if not mine:
+                raise UserError(
+                    f"{folder}: another run writes here; start this one again, or with another trainer.logger"
+                )
+            yield
 
     def _check_that_something_is_left(self, path: str | None) -> None:
         """The Trainer would end at once without a word; it counts an epoch that max_steps cut short as done.
@@ -155,6 +184,7 @@ class FitCLI(LightningCLI):
         if path is None:
             return
         checkpoint = read_checkpoint(path)
+        clear(Path(path).parent)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         for name, done, most in (
             ("max_epochs", epochs, self.trainer.max_epochs),
