@@ -70,6 +70,7 @@ def train(sweep: Sweep, plans: Mapping[str, Plan], seed: int, show: bool = False
     tables = _tables(sweep, next(iter(plans.values())))
     model = make_model(sweep, len(data.dataset.dense), len(data.dataset.features))
     task = MeasuredTask(tables, model, lr=sweep.lr, weight_decay=sweep.weight_decay)
+    task.about = {"dense": list(data.dataset.dense)}
     progress = Progress()
     if not show:
         progress.disable()

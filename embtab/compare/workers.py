@@ -103,9 +103,14 @@ def _end_with_parent() -> None:
     A worker waits for its next job in vain when its parent is killed, for ever; or it trains on, and writes into the
     folder of a search that another run has taken up.
     """
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def wait() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _outcome(key: str, job: AnyJob) -> Outcome:

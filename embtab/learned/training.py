@@ -28,6 +28,7 @@ from embtab.features import read_features
 from embtab.learned.stages import State
 from embtab.learned.supernet import Gate, Supernet
 from embtab.lookup import Optimizer
+from embtab.training.culprit import REMEDY, culprit, not_finite
 from embtab.training.metrics import evaluate
 
 
@@ -109,8 +110,25 @@ class Training:
         return self.model(batch.dense, self.tables.vectors(batch.sparse))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean binary cross entropy in nats."""
-        return F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+        """Mean binary cross entropy in nats.
+
+        Raises:
+            UserError: when it is not finite; it names the column, feature or weight that is to blame.
+        """
+        loss = F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss.item()} at step {self.steps} (epoch {self.epoch}): "
+                f"{self._culprit(batch)}; {REMEDY}"
+            )
+        return loss
+
+    @torch.no_grad()
+    def _culprit(self, batch: Batch) -> str:
+        """What made the loss of a batch infinite or NaN."""
+        names = [feature.name for feature in self.data.features]
+        vectors = dict(zip(names, self.tables.vectors(batch.sparse).unbind(1), strict=True))
+        return culprit(batch, self.data.dataset.dense, vectors, self.model.state_dict())
 
     def before(self) -> None:
         """What happens before a step, `self.steps` being those done."""
@@ -164,6 +182,7 @@ class Training:
             started = time.perf_counter()
             self._epoch(title)
             self.cost["training_seconds"] += time.perf_counter() - started
+            self._check()
             measured = self.evaluate("valid")
             if patience is not None and measured["auc"] > max((h["auc"] for h in self.history), default=-1.0):
                 self.best = self.weights()
@@ -174,6 +193,12 @@ class Training:
             save(self.state())
         if self.best is not None:
             self.load_weights(self.best)
+
+    def _check(self) -> None:
+        """Raises UserError when a table or weight is not finite, so that the last good state stays."""
+        wrong = not_finite(self.tables.state_dict() | self.model.state_dict())
+        if wrong is not None:
+            raise UserError(f"{wrong} is not finite after step {self.steps - 1} (epoch {self.epoch - 1}); {REMEDY}")
 
     def _waited(self, patience: int | None) -> bool:
         if patience is None or not self.history:
@@ -188,12 +213,7 @@ class Training:
         bar = tqdm(total=self.data.steps_per_epoch, desc=f"{title} {self.epoch}", file=sys.stderr, disable=not shown)
         for batch in self.data.batches("train", self.epoch):
             self.before()
-            loss = self.step(batch)
-            if not np.isfinite(loss):
-                raise UserError(
-                    f"the training loss became {loss} at step {self.steps} (epoch {self.epoch}); lower lr or table_lr, "
-                    "or look for huge values in the dense columns"
-                )
+            self.step(batch)
             self.steps += 1
             self.cost["trained"] += len(batch)
             bar.update()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from embtab.collections import EmbeddingBagCollection
 from embtab.datasets.reader import Batch
@@ -23,6 +24,7 @@ from embtab.models.autoint import AutoInt
 from embtab.planning import Plan, plan
 from embtab.training import metrics
 from embtab.training.checkpoint import described, description
+from embtab.training.culprit import REMEDY, culprit, not_finite
 
 Rows = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64] | None]
 """Logits, labels and users of some rows."""
@@ -77,13 +79,13 @@ class RankingTask(L.LightningModule):
         """The loss of a batch: its mean binary cross entropy in nats, and what a subclass adds to it.
 
         Raises:
-            UserError: when it is not finite.
+            UserError: when it is not finite; it names the column, feature or weight that is to blame.
         """
         loss = self.loss(batch)
         if not torch.isfinite(loss):
             raise UserError(
-                f"the training loss became {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); "
-                "lower lr or table_lr, or look for huge values in the dense columns"
+                f"the training loss became {loss.item()} at step {self.global_step} (epoch {self.current_epoch}): "
+                f"{self._culprit(batch)}; {REMEDY}"
             )
         self.log("train/loss", loss, batch_size=len(batch))
         return loss
@@ -118,7 +120,17 @@ class RankingTask(L.LightningModule):
         self._log_metrics("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the entry "embtab": the plan, `about`, versions and the random state, all as plain types."""
+        """Adds the entry "embtab": the plan, `about`, versions and the random state, all as plain types.
+
+        Raises:
+            UserError: when a table or weight is not finite, so that the last good checkpoint stays.
+        """
+        wrong = not_finite(checkpoint.get("state_dict", {}))
+        if wrong is not None:
+            raise UserError(
+                f"{wrong} is not finite after step {self.global_step - 1} (epoch {self.current_epoch}), so the last "
+                f"checkpoint stays and no other is made; {REMEDY}"
+            )
         checkpoint["embtab"] = description(self._plan(), self.about)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -141,6 +153,15 @@ class RankingTask(L.LightningModule):
         if self._random_state is not None:
             torch.set_rng_state(self._random_state.cpu())
             self._random_state = None
+
+    @torch.no_grad()
+    def _culprit(self, batch: Batch) -> str:
+        """What made the loss of a batch infinite or NaN."""
+        vectors: dict[str, Tensor] = {}
+        if not dist.is_initialized():  # else all processes would have to look
+            given = self.tables.eval()(batch.sparse)  # adaptive tables do not count it
+            vectors = given.to_dict() if isinstance(given, KeyedTensor) else {k: v.values() for k, v in given.items()}
+        return culprit(batch, self.about.get("dense", ()), vectors, self.model.state_dict())
 
     def _plan(self) -> Plan | None:
         found = getattr(self.tables, "plan", None)
