@@ -132,18 +132,18 @@ def _train_all(work: list[_Planned], rows: dict[str, Row], out: Path, jobs: int)
         groups.setdefault(each.group, []).append(each)
     tasks = {key: _job(members, out) for key, members in groups.items()}
     durations = [row["seconds"] for row in rows.values() if row["seconds"] is not None]
-    bar = tqdm(total=len(groups), desc="runs", unit="run", file=sys.stderr)
     write_results(out / "results.csv", list(rows.values()))
-    for finished, (key, seconds, found) in enumerate(outcomes(tasks, jobs), start=1):
-        for each in groups[key]:
-            rows[place(each.row)] = each.row | found[each.row["key"]]
-        write_results(out / "results.csv", list(rows.values()))
-        durations.append(seconds)
-        left = seconds_left(durations, len(groups) - finished, jobs)
-        for each in {each.row["key"]: each for each in reversed(groups[key])}.values():
-            bar.write(f"{_said(rows[place(each.row)])}  (about {left:.0f} s left)", file=sys.stderr)
-        bar.update()
-    bar.close()
+    # Closed in any case, so that the message of an error starts on a line of its own.
+    with tqdm(total=len(groups), desc="runs", unit="run", file=sys.stderr) as bar:
+        for finished, (key, seconds, found) in enumerate(outcomes(tasks, jobs), start=1):
+            for each in groups[key]:
+                rows[place(each.row)] = each.row | found[each.row["key"]]
+            write_results(out / "results.csv", list(rows.values()))
+            durations.append(seconds)
+            left = seconds_left(durations, len(groups) - finished, jobs)
+            for each in {each.row["key"]: each for each in reversed(groups[key])}.values():
+                bar.write(f"{_said(rows[place(each.row)])}  (about {left:.0f} s left)", file=sys.stderr)
+            bar.update()
 
 
 def seconds_left(durations: list[float], runs: int, jobs: int) -> float:

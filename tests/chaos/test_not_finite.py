@@ -49,10 +49,9 @@ def kept(out: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_stops_a_fit(place: Place, tmp_path: Path, value: float) -> None:
-    line = stops(spoilt(place, "I3", value, 2500), "fit", tmp_path)
-    step = int(line.split("at step ")[1].split()[0])
+    line = stops(spoilt(place, "I3", value, 1000), "fit", tmp_path, "--save_every", "1")
     assert "dense column 'I3' is not finite in row " in line
-    assert step // 5 * 5 == kept(tmp_path) > 0
+    assert f"at step {kept(tmp_path)} (epoch 0)" in line
 
 
 @pytest.mark.slow
@@ -69,9 +68,3 @@ def test_tables_that_overflow_make_no_checkpoint(place: Place, tmp_path: Path) -
     line = stops(place, "fit", tmp_path, "--model.table_lr", "1e38", "--save_every", "1")
     assert "feature 'C" in line or "tables." in line
     assert not last_of(tmp_path).exists() or kept(tmp_path)
-
-
-def test_a_huge_value_is_named(place: Place, tmp_path: Path) -> None:
-    line = stops(spoilt(place, "I7", 3e38, 2500), "fit", tmp_path)
-    assert "dense column 'I7' holds 3e+38" in line
-    assert kept(tmp_path)
