@@ -47,11 +47,11 @@ def gathered(vectors: Tensor, places: Tensor, offsets: Tensor) -> Tensor:
     """[B, D]: the sums over bags of the vectors [U, D] of distinct ids.
 
     Args:
-        vectors: float32, of the distinct ids.
+        vectors: of the distinct ids; what autocast made of them is summed in float32.
         places: int32 [N], where each id stands among them, bag after bag.
         offsets: int32 [B + 1], where each bag begins.
     """
-    sums: Tensor = _Gather.apply(vectors, places, offsets)
+    sums: Tensor = _Gather.apply(vectors.float(), places, offsets)
     return sums
 
 

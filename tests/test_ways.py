@@ -127,6 +127,19 @@ def test_the_keys_of_a_batch_may_come_in_any_order_and_among_others(kind, distin
         torch.testing.assert_close(found, tables.vectors(given))
 
 
+@every_case
+def test_every_way_trains_under_autocast(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "DISTINCT_FROM", 1)
+    torch.manual_seed(0)
+    tables = et.EmbeddingBagCollection(case.plan(), init_std=1.0)
+    exact = tables.vectors(batch("three ids")).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tables.vectors(batch("three ids"))
+    torch.testing.assert_close(found.float(), exact, rtol=0.1, atol=0.1)
+    found.float().square().sum().backward()
+    assert all(bool(value.isfinite().all()) for value in tables.state_dict().values() if value.is_floating_point())
+
+
 def test_ids_that_are_no_numbers_of_a_vocabulary_go_the_plain_way(monkeypatch: pytest.MonkeyPatch, taken: None) -> None:
     monkeypatch.setattr(ways, "DISTINCT_FROM", 1)
     tables = et.EmbeddingBagCollection(et.plan([et.Feature("user", 100)], "unified", "0.3x", 8))
