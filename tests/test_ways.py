@@ -1,5 +1,7 @@
 """However a batch goes from ids to vectors, the vectors and what training makes of the tables are the same."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -188,3 +190,15 @@ def test_gathered_is_an_embedding_bag_and_so_is_its_gradient() -> None:
     sums.backward(gradient)
     wanted = torch.zeros(len(found), 3).index_add(0, places.long(), gradient[bags])
     torch.testing.assert_close(vectors.grad, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("method", ["hash", "unified", "qr", "tt"])
+def test_compiled_rows_are_the_same_bit_by_bit(method: str) -> None:
+    torch.manual_seed(0)
+    plain, compiled = (et.EmbeddingBagCollection(et.plan(FEATURES, method, "0.3x", DIM), "torch") for _ in range(2))
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_rows()
+    for kind in ("one id", "three ids", "ragged"):
+        assert torch.equal(plain.vectors(batch(kind)), compiled.vectors(batch(kind)))

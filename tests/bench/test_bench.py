@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from embtab.bench import machine, memory
+from embtab.bench import machine, memory, serving
 from embtab.bench.lookups import TORCH, TORCHREC, make_tables
 from embtab.bench.run import Settings, run
 from embtab.bench.timing import Stopwatch, Times, alternate
@@ -124,6 +124,56 @@ def test_rankers_are_measured(what: str) -> None:
         settings = Settings((what,), arms, batches=(16,), scales=(1e-4,), rounds=1, dims=(4,), machine_bytes=1 << 20)
     names = [result.arm for result in run(settings)]
     assert names == (["dense", "qr"] if what == "din" else list(arms))
+
+
+@pytest.mark.parametrize("form", ["onnx", "quantised"])
+def test_what_is_served_answers_as_what_was_trained(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program that is timed gives the trained ranker's probabilities."""
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    case, seen = Case(dim=4, batch=5, scale=1e-3), {}
+    chosen = serving._program
+
+    def program(name, form, model, *rest):
+        seen["model"], answer = model, chosen(name, form, model, *rest)
+
+        def noting(inputs):
+            seen["answer"] = answer(inputs)
+            seen["inputs"] = inputs
+
+        return noting
+
+    kept = {}
+    made = serving.make_tables
+    monkeypatch.setattr(serving, "make_tables", lambda *a: kept.setdefault("tables", made(*a)))
+    monkeypatch.setattr(serving, "_program", program)
+    arms = serving.serving_arms([f"qr@{form}"], case, "0.5x", "sgd", torch.device("cpu"))
+    arms[f"qr@{form}"](0, Stopwatch(torch.device("cpu")))
+    batch = case.batches(8, torch.device("cpu"))[0]
+    with torch.no_grad():
+        vectors = kept["tables"].module.vectors(batch)
+        wanted = seen["model"](torch.from_numpy(seen["inputs"]["dense"]), vectors)
+    answer = seen["answer"]["logits"] if form == "onnx" else seen["answer"]
+    torch.testing.assert_close(torch.as_tensor(answer), wanted, rtol=1e-3, atol=1e-3 if form == "quantised" else 1e-6)
+
+
+@pytest.mark.parametrize(("what", "arm"), [("lookups", "dense+compiled"), ("autoint", "qr+bf16")])
+def test_arms_in_another_form_are_measured(what: str, arm: str) -> None:
+    settings = Settings((what,), (arm,), arm, batches=(16,), scales=(1e-4,), rounds=1, dims=(4,), machine_bytes=1 << 20)
+    assert {result.arm for result in run(settings)} == {arm}
+
+
+@pytest.mark.parametrize(
+    ("what", "arm", "message"),
+    [
+        ("lookups", "qr+fast", r"arm qr\+fast: a method may be followed by \+compiled only"),
+        ("serving", "qr@java", "forms are onnx, quantised"),
+        ("serving", f"{TORCHREC}@onnx", "only a method of embtab is served so"),
+    ],
+)
+def test_unknown_forms_are_named(what: str, arm: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(Settings((what,), (arm,), arm, batches=(8,), scales=(1e-4,), rounds=1, dims=(4,), machine_bytes=1 << 20))
 
 
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
