@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from embtab.datasets.drift import drift_line
 from embtab.errors import UserError
 from embtab.files import clear, held, replaced_file
+from embtab.training.best import Best
 from embtab.training.checkpoint import WholeFiles, read_checkpoint
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
@@ -125,8 +126,7 @@ class FitCLI(LightningCLI):
         if self.subcommand != "fit" or trainer["enable_checkpointing"] is False or trainer["fast_dev_run"]:
             return added
         if trainer["limit_val_batches"] != 0:
-            name = "best-step{step}"
-            added.append(ModelCheckpoint(monitor="val/auc", mode="max", filename=name, auto_insert_metric_name=False))
+            added.append(Best())
         last: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
         added.append(ModelCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True, **last))
         steps = self._get(self.config_init, "save_every")

@@ -106,6 +106,17 @@ def test_a_run_that_broke_off_ends_where_a_whole_one_does(config, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_that_goes_on_keeps_the_best_checkpoint_so_far(config):
+    path = config(trainer__max_epochs=1)
+    assert main(["fit", "--config", path]) == 0
+    (best,) = Path("runs/fit/version_0/checkpoints").glob("best-*.ckpt")
+    ruined = ["--ckpt_path", "runs/fit/version_0/checkpoints/last.ckpt", "--trainer.max_epochs", "2"]
+    assert main(["fit", "--config", path, *ruined, "--model.table_lr", "1e4"]) == 0
+    (kept,) = Path("runs/fit/version_1/checkpoints").glob("best-*.ckpt")
+    assert kept.name == best.name
+    assert kept.read_bytes() == best.read_bytes()
+
+
 @pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
 def test_a_run_with_nothing_left_to_train_says_so_and_writes_nothing(config, capsys, limit):
     path = config(trainer__max_epochs=1, trainer__max_steps=5 if limit == "max_steps" else -1)
