@@ -95,7 +95,9 @@ def hidden(path: Path, make: Callable[..., None] = Path.mkdir) -> Iterator[Path]
             clear(path.parent, glob.escape(path.name))
             make(beside, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+            # mkdir says "File exists" where a file stands in its way.
+            reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
+            raise UserError(f"{path}: cannot be written ({reason})") from error
         with held(beside, wait=True) as mine:
             if not mine:  # cleared away between the two lines above
                 continue
