@@ -154,25 +154,22 @@ class FitCLI(LightningCLI):
 
     @contextmanager
     def _run_folder(self) -> Iterator[None]:
-        """Keeps the run's folder for this process: two that start at once would both find the same one free.
+        """Keeps the run's folder for this process: two that start at once would both find the same one free. What
+        killed runs left half written beside it goes.
 
         Raises:
             UserError: when another process writes there.
         """
-        folder = self.trainer.log_dir
-        if (
-            folder is None
-            or not self.trainer.is_global_zero
-            or not (self.trainer.loggers or self.trainer.checkpoint_callbacks)
-        ):
+        folder, writes = self.trainer.log_dir, self.trainer.loggers or self.trainer.checkpoint_callbacks
+        if folder is None or not writes or not self.trainer.is_global_zero:
             yield
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         with held(Path(folder), wait=False) as mine:
             if not mine:
-                raise UserError(
-                    f"{folder}: another run writes here; start this one again, or with another trainer.logger"
-                )
+                raise UserError(f"{folder}: another run writes here; start this one again")
+            for run in Path(folder).parent.glob("*/checkpoints") if self.trainer.loggers else ():
+                clear(run)
             yield
 
     def _check_that_something_is_left(self, path: str | None) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from embtab import cli
 from embtab.errors import UserError
+from embtab.files import held
 from embtab.training import metrics
 from embtab.training.task import FitTask
 
@@ -115,6 +116,22 @@ def test_a_run_that_goes_on_keeps_the_best_checkpoint_so_far(config):
     (kept,) = Path("runs/fit/version_1/checkpoints").glob("best-*.ckpt")
     assert kept.name == best.name
     assert kept.read_bytes() == best.read_bytes()
+
+
+def test_what_a_killed_run_left_half_is_cleared_and_a_run_that_lives_is_refused(config, capsys):
+    left, theirs = (Path(f"runs/fit/version_{run}/checkpoints/.last.ckpt.123.tmp") for run in (0, 1))
+    for path in (left, theirs):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with held(theirs, wait=False):
+        assert main(["fit", "--config", config(trainer__max_steps=1)]) == 0
+    assert not left.exists()
+    assert theirs.exists()
+    with held(Path("runs/fit/version_2"), wait=False):
+        logger = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
+        logger["init_args"] = {"save_dir": "runs", "name": "fit", "version": 2}
+        assert main(["fit", "--config", config(trainer__logger=logger)]) == 2
+    assert "version_2: another run writes here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
