@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, and what killed processes leave."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,8 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from embtab.files import new_folder, replaced_folder
+from embtab.errors import UserError, of_a_full_disk
+from embtab.files import new_folder, replaced_file, replaced_folder, scratch
 
+SCRATCH = """
+import os, signal, sys, tempfile
+from embtab.files import scratch
+tempfile.tempdir = sys.argv[1]
+with scratch() as folder:
+    (folder / "file").touch()
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 WRITES = """
 import sys
 from pathlib import Path
@@ -29,6 +40,11 @@ def writing(path: Path, kind: str) -> subprocess.Popen:
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     return process
+
+
+def failing(kind, path: Path, error: Exception) -> None:
+    with kind(path):
+        raise error
 
 
 def hidden(folder: Path) -> list[str]:
@@ -69,3 +85,41 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no"), new_folder(tmp_path / "out"):
         raise ValueError("no")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_the_old_or_the_new_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    (tmp_path / ".file.123.tmp").touch()  # a killed process's
+    with replaced_file(path) as beside:
+        beside.write_text("mine")
+        assert hidden(tmp_path) == [beside.name]
+    with pytest.raises(ValueError, match="no"):
+        failing(replaced_file, path, ValueError("no"))
+    assert path.read_text() == "mine"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("kind", [new_folder, replaced_folder, replaced_file])
+def test_a_full_disk_is_said_of_what_was_to_be_written(kind, tmp_path: Path) -> None:
+    error = RuntimeError("unexpected pos 640 vs 534")  # as torch puts it
+    error.__context__ = OSError(errno.ENOSPC, "full")
+    with pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\)"):
+        failing(kind, tmp_path / "out", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_full_disk_is_one() -> None:
+    assert of_a_full_disk(ValueError("I/O error: File too large (os error 27)")) == "File too large"
+    assert of_a_full_disk(ValueError("no such file (os error 2)")) is None
+    assert of_a_full_disk(OSError(errno.EACCES, "no")) is None
+
+
+def test_temporary_folders_of_killed_processes_go_and_others_stay(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    with scratch() as mine:
+        subprocess.run([sys.executable, "-c", SCRATCH, str(tmp_path), "killed"])
+        assert len(hidden(tmp_path)) == 2
+        subprocess.run([sys.executable, "-c", SCRATCH, str(tmp_path), "ends"], check=True)
+        assert hidden(tmp_path) == [mine.name]
+    assert os.listdir(tmp_path) == ["theirs"]

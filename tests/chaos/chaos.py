@@ -172,9 +172,11 @@ def killed_again_and_again(place: Place, command: Command, folder: Path, kills: 
 def _judged(place: Place, command: Command, folder: Path, expected: Content) -> None:
     """Compares the output with that of an undisturbed run, and looks for what killed processes left."""
     found = command.content(folder / "out")
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
-    assert [str(path) for path in [*folder.rglob(".*"), *place.temporary.iterdir()] if path.name != ".lock"] == []
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    other = [name for name in found if found[name] != expected[name]]
+    assert other == [], other
+    left = [str(path) for path in [*folder.rglob(".*"), *place.temporary.iterdir()] if path.name != ".lock"]
+    assert left == [], left
 
 
 def said_of(
@@ -236,12 +238,13 @@ def searched(folder: Path) -> Content:
 
 
 def trained(folder: Path) -> Content:
-    """The weights of the last checkpoint, and how far it came."""
-    checkpoint = read_checkpoint(last_of(folder))
-    return {name: value.tolist() for name, value in checkpoint["state_dict"].items()} | {
-        "step": checkpoint["global_step"],
-        "epoch": checkpoint["epoch"],
-    }
+    """The weights of the last checkpoint and of the best one, and how far they had come."""
+    found: Content = {}
+    for path in last_of(folder).parent.glob("*.ckpt"):
+        checkpoint = read_checkpoint(path)
+        found |= {f"{path.name} {name}": value.tolist() for name, value in checkpoint["state_dict"].items()}
+        found |= {f"{path.name} {name}": checkpoint[name] for name in ("global_step", "epoch")}
+    return found
 
 
 def last_of(folder: Path) -> Path:

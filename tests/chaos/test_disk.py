@@ -120,6 +120,7 @@ def test_two_at_once(place: Place, tmp_path: Path, name: str) -> None:
     assert [path for path in tmp_path.rglob(".*") if path.name != ".lock"] == []
 
 
+@pytest.mark.slow
 def test_a_limit_leaves_the_former_bundle(place: Place, tmp_path: Path) -> None:
     refused(place, "export", tmp_path / "out", limited(1000))
     assert os.listdir(tmp_path) == ["out"]

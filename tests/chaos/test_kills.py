@@ -15,7 +15,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_at_twenty_random_moments(place: Place, name: str) -> None:
-    seconds = killed_again_and_again(place, COMMANDS[name], place.root / name, kills=20, seed=len(name))
+    seconds = killed_again_and_again(place, COMMANDS[name], place.root / name, kills=20, seed=11)
     print(f"{name}: 20 kills within {seconds:.1f} s")
 
 
