@@ -32,7 +32,7 @@ from embtab.lookup import Lookup, Optimizer, Request, StackedLookup, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
-from embtab.ways import Way, ways_of
+from embtab.ways import PerDistinctId, Way, once, ways_of
 
 
 @dataclass(frozen=True)
@@ -283,21 +283,31 @@ class EmbeddingCollection(_Collection):
             UserError: when a feature is missing or an id is out of range.
         """
         cut, blocks = Cut(features, self.names), list(self._each_block())
-        all_rows, requests = [], []
         for block in blocks:
             block.check(cut)
+        stacked = isinstance(self.lookup, StackedLookup)
+        able = [block for block in once(cut, blocks) if not block.encoding.bare] if stacked else []
+        way = PerDistinctId(able, cut, pooled=False) if able else None
+        requests = [] if way is None else list(way.requests)
+        rest = [block for block in blocks if block not in able]
+        all_rows = []
+        for block in rest:
             sizes = cut.sizes_of(block.places)
             all_rows.append(block.rows(cut.ids_of(block.places), sizes))
             requests += block.requests(all_rows[-1], sizes, None, None)
         answers = iter(self.lookup(requests))
-        outputs: dict[str, JaggedTensor] = {}
-        for block, rows in zip(blocks, all_rows, strict=True):
-            vectors = block.combine(rows, answers, None)
-            per_feature = cut.lengths_of(block.places).view(len(block.places), -1)
-            parts = vectors.split(cut.sizes_of(block.places))
-            for feature, values, counts in zip(block.features, parts, per_feature, strict=True):
-                outputs[feature.name] = JaggedTensor(values=values, lengths=counts)
-        return {name: outputs[name] for name in self.names}
+        found = [] if way is None else [(way.places, way.each(answers))]
+        each = zip(rest, all_rows, strict=True)
+        found += [(block.places, block.combine(rows, answers, None)) for block, rows in each]
+        outputs = {place: values for places, vectors in found for place, values in self._cut(vectors, places, cut)}
+        return {name: outputs[place] for place, name in enumerate(self.names)}
+
+    @staticmethod
+    def _cut(vectors: Tensor, places: list[int], cut: Cut) -> Iterator[tuple[int, JaggedTensor]]:
+        """Vectors [N, D] of some features, feature by feature."""
+        counts = cut.lengths_of(places).view(len(places), -1)
+        for place, values, lengths in zip(places, vectors.split(cut.sizes_of(places)), counts, strict=True):
+            yield place, JaggedTensor(values=values, lengths=lengths)
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The logical tables as torchrec describes them."""

@@ -64,17 +64,23 @@ def ways_of(cut: Cut, blocks: Sequence[Block], pools: Callable[[Encoding], bool]
     if not stacked or cut.weighted:
         return [PerBag(block, cut, pools(block.encoding)) for block in blocks]
     ways: list[Way] = []
-    if len(cut.ids) >= DISTINCT_FROM and not cut.ids.is_cuda:
-        able = [block for block in blocks if not block.encoding.adaptive and block.are_numbers(cut)]
-        if any(len(block.widths) != 1 or not pools(block.encoding) for block in able):
-            ways.append(PerDistinctId(able, cut))
-            blocks = [block for block in blocks if block not in able]
+    able = once(cut, blocks)
+    if any(len(block.widths) != 1 or not pools(block.encoding) for block in able):
+        ways.append(PerDistinctId(able, cut))
+        blocks = [block for block in blocks if block not in able]
     if bare := [block for block in blocks if block.encoding.bare]:
         ways.append(Bare(bare, cut))
         blocks = [block for block in blocks if not block.encoding.bare]
     each = [block for block in blocks if cut.bag == 1 and block.widths and not block.encoding.may_skip]
     ways += [OneEach(block, cut) for block in each]
     return ways + [PerBag(block, cut, pools(block.encoding)) for block in blocks if block not in each]
+
+
+def once(cut: Cut, blocks: Sequence[Block]) -> list[Block]:
+    """The blocks whose distinct ids can be computed once each; none on a GPU, and for few ids."""
+    if len(cut.ids) < DISTINCT_FROM or cut.ids.is_cuda:
+        return []
+    return [block for block in blocks if not block.encoding.adaptive and block.are_numbers(cut)]
 
 
 class Bare(Way):
@@ -125,14 +131,14 @@ class OneEach(Way):
 class PerDistinctId(Way):
     """For vectors that cost more than a row; where a batch has any, all features that can go this way do."""
 
-    def __init__(self, blocks: Sequence[Block], cut: Cut) -> None:
+    def __init__(self, blocks: Sequence[Block], cut: Cut, pooled: bool = True) -> None:
         self.blocks, self.cut = blocks, cut
         self.places = sorted(place for block in blocks for place in block.places)
         ids = cut.ids_of(self.places).numpy()
         ends = dict(zip(self.places, accumulate(cut.sizes_of(self.places)), strict=True))
-        # Where each id of the batch stands among the distinct ones; bag after bag, where bags are alike.
+        # Where each id of the batch stands among the distinct ones; bag after bag, where alike bags are pooled.
         self.at = np.empty(len(ids), dtype=np.int32)
-        by_feature = self.at.reshape(cut.stride, len(self.places), cut.bag) if cut.bag else None
+        by_feature = self.at.reshape(cut.stride, len(self.places), cut.bag) if pooled and cut.bag else None
         self.rows: list[Tensor] = []
         self.requests = []
         count = 0
@@ -153,14 +159,21 @@ class PerDistinctId(Way):
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """Sums over bags [B, F, D]."""
-        each = [block.combine(rows, answers, None) for block, rows in zip(self.blocks, self.rows, strict=True)]
-        vectors, at = each[0] if len(each) == 1 else torch.cat(each), torch.from_numpy(self.at)
         bag, stride = self.cut.bag, self.cut.stride
         if bag is None:
             offsets = F.pad(self.cut.lengths_of(self.places).cumsum(0, dtype=torch.int32), (1, 0))
-            return per_bag(gathered(vectors, at, offsets), stride)
-        offsets = torch.arange(0, len(at) + 1, bag, dtype=torch.int32)
-        return gathered(vectors, at, offsets).view(stride, len(self.places), -1)
+            return per_bag(self._sums(answers, offsets), stride)
+        offsets = torch.arange(0, len(self.at) + 1, bag, dtype=torch.int32)
+        return self._sums(answers, offsets).view(stride, len(self.places), -1)
+
+    def each(self, answers: Iterator[Tensor]) -> Tensor:
+        """The vector of every id [N, D], feature after feature, where it was asked for without pooling."""
+        return self._sums(answers, torch.arange(len(self.at) + 1, dtype=torch.int32))
+
+    def _sums(self, answers: Iterator[Tensor], offsets: Tensor) -> Tensor:
+        each = [block.combine(rows, answers, None) for block, rows in zip(self.blocks, self.rows, strict=True)]
+        vectors = each[0] if len(each) == 1 else torch.cat(each)
+        return gathered(vectors, torch.from_numpy(self.at), offsets)
 
 
 class PerBag(Way):

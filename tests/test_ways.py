@@ -130,6 +130,26 @@ def test_the_keys_of_a_batch_may_come_in_any_order_and_among_others(kind, distin
 
 
 @every_case
+@pytest.mark.parametrize("kind", ["one id", "ragged"])
+def test_vectors_of_ids_are_the_same_once_or_each(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    features = [et.Feature(f.name, f.num_ids, "none", id_space=f.id_space) for f in FEATURES]
+    for distinct_from in (1, 10**6):
+        monkeypatch.setattr(ways, "DISTINCT_FROM", distinct_from)
+        torch.manual_seed(0)
+        tables = et.EmbeddingCollection(case.plan(features), optimizer=et.Optimizer("sgd", 0.1), init_std=1.0)
+        found = tables(batch(kind))
+        assert list(found) == NAMES
+        assert torch.cat([found[name].lengths() for name in NAMES]).tolist() == batch(kind).lengths().tolist()
+        vectors = torch.cat([found[name].values() for name in NAMES])
+        vectors.backward(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
+        gradients = [p.grad for p in tables.parameters() if p.grad is not None]
+        results.append([vectors.detach(), *gradients, *tables.lookup.state_dict().values()])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@every_case
 def test_every_way_trains_under_autocast(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "DISTINCT_FROM", 1)
     torch.manual_seed(0)
