@@ -61,7 +61,7 @@ def check(folder: str | Path) -> list[Problem]:
         id_spaces(read_features(folder, counts=False))
     except UserError as error:
         return [_problem(folder / "dataset.json", error)]
-    vocabularies = {feature.name: _vocabulary(folder, feature) for feature in dataset.features}
+    vocabularies = {each.name: _vocabulary(folder, each) for each in dataset.features if not each.hashed}
     described = {name: counts for name, counts in vocabularies.items() if isinstance(counts, np.ndarray)}
     seen = _Seen({name: np.zeros_like(counts) for name, counts in described.items()})
     problems = list(_unlisted(folder, dataset))
@@ -100,7 +100,7 @@ def _problem(path: Path, error: UserError, column: str | None = None) -> Problem
 
 def _unlisted(folder: Path, dataset: Dataset) -> Iterator[Problem]:
     listed = {folder / part.path for part in dataset.files}
-    vocabularies = {_vocabulary_path(folder, feature.name) for feature in dataset.features}
+    vocabularies = {_vocabulary_path(folder, each.name) for each in dataset.features if not each.hashed}
     for path in sorted(set(folder.rglob("*.parquet")) - listed - vocabularies):
         yield Problem(str(path), None, None, None, "is not listed in dataset.json; remove it or prepare the data again")
 
@@ -187,7 +187,7 @@ def _wrong_id(column: pa.ChunkedArray, feature: Categorical, counts: NDArray[np.
     for chunk in column.chunks:
         ids = (chunk.flatten() if feature.multi else chunk).to_numpy()
         outside = (ids < 0) | (ids >= feature.num_ids)
-        if outside.any():
+        if outside.any() and not feature.hashed:
             at = int(outside.argmax())
             row = start + (_row_of(chunk, at) if feature.multi else at)
             return row, f"id {ids[at]} lies outside [0, {feature.num_ids})"

@@ -16,7 +16,7 @@ import gzip
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import polars as pl
 from tqdm import tqdm
 
 from embtab.datasets import vocabulary
+from embtab.datasets.estimate import Distinct
 from embtab.datasets.schema import Categorical, Dataset, describe_files
 from embtab.datasets.splits import check_fractions, split_sizes, write_split
 from embtab.errors import DataError, UserError, shown
@@ -31,6 +32,8 @@ from embtab.files import new_folder
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
+BLANK_ID = -1
+"""The id of a blank category whose ids are hashed; no number in the text is negative."""
 FLOAT32_MAX = 3.4028234663852886e38
 DENSE_TRANSFORMS = ("log", "log1p", "none")
 
@@ -48,6 +51,7 @@ def prepare(
     valid: float = 0.1,
     test: float = 0.1,
     blank: float = 0.0,
+    hashed: bool = False,
 ) -> Dataset:
     """Turns raw Criteo files into a dataset folder.
 
@@ -72,6 +76,8 @@ def prepare(
         blank: what a blank integer becomes, after the transform. At 0, the default, it cannot be told from a true 0
             and adds nothing where the value multiplies a vector; -0.5 is a value that no integer takes under any of
             the transforms. How many blanks each column has is written to `dataset.json`.
+        hashed: C1..C26 are ids as they stand, their hexadecimal digits read as a number and a blank as -1. Nothing is
+            counted or numbered (`min_count` does not matter), and only methods that hash take such ids.
 
     Raises:
         UserError: for an unknown option value, or an output folder that is not empty.
@@ -87,16 +93,19 @@ def prepare(
     files = _expand(raw)
     with new_folder(out) as folder:
         staging = folder / "staging"
-        rows, blanks = _stage(files, staging, dense_transform, blank)
+        distinct = {name: Distinct() for name in CATEGORIES} if hashed else {}
+        rows, blanks = _stage(files, staging, dense_transform, blank, distinct)
         sizes = split_sizes(rows, valid, test)
         staged = pl.scan_parquet(staging / "*.parquet")
         train = staged.head(sizes["train"])
-        progress = tqdm(CATEGORIES, desc="counting", unit="column")
+        progress = tqdm([] if hashed else CATEGORIES, desc="counting", unit="column", disable=hashed)
         vocabularies = {name: vocabulary.fit(train.select(name), min_count) for name in progress}
         vocabulary.save(vocabularies, folder)
+        num_ids = {name: table.height for name, table in vocabularies.items()}
+        num_ids |= {name: found.count for name, found in distinct.items()}
         dataset = Dataset(
             name="criteo",
-            features=tuple(Categorical(name, table.height) for name, table in vocabularies.items()),
+            features=tuple(Categorical(name, size, hashed=hashed) for name, size in num_ids.items()),
             dense=INTEGERS,
             source={
                 "kind": "criteo",
@@ -109,6 +118,7 @@ def prepare(
                     "valid": valid,
                     "test": test,
                     "blank": blank,
+                    "hashed": hashed,
                 },
             },
         )
@@ -152,8 +162,17 @@ def numeric_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def _stage(files: Sequence[Path], staging: Path, dense_transform: str, blank: float) -> tuple[int, dict[str, int]]:
+def _stage(
+    files: Sequence[Path], staging: Path, dense_transform: str, blank: float, distinct: Mapping[str, Distinct]
+) -> tuple[int, dict[str, int]]:
     """Checks the text and puts it down as Parquet, one file a block, with the integers transformed.
+
+    Args:
+        files: of text.
+        staging: the folder to make.
+        dense_transform: of the integers.
+        blank: for blank integers.
+        distinct: of the columns that become ids at once; takes note of them.
 
     Returns:
         The number of rows, and the number of blanks of each of I1..I13.
@@ -164,11 +183,14 @@ def _stage(files: Sequence[Path], staging: Path, dense_transform: str, blank: fl
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, desc="reading", unit="B", unit_scale=True) as bar:
         for number, (file, first_line, block) in enumerate(_blocks(files, bar)):
-            table = _parse(file, first_line, block)
+            table = _parse(file, first_line, block, list(distinct))
             rows += table.height
             for name, count in table.select(INTEGERS).null_count().row(0, named=True).items():
                 blanks[name] += count
-            table = table.with_columns(pl.col("label").cast(pl.Float32), *dense, pl.col(CATEGORIES).fill_null(""))
+            for name, found in distinct.items():
+                found.add(table[name].to_numpy())
+            texts = [pl.col(name).fill_null("") for name in CATEGORIES if name not in distinct]
+            table = table.with_columns(pl.col("label").cast(pl.Float32), *dense, *texts)
             table.write_parquet(staging / f"{number:08}.parquet", compression="lz4", statistics=False)
     return rows, blanks
 
@@ -220,8 +242,11 @@ def _chunks(file: Path, bar: tqdm) -> Iterator[bytes]:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _parse(file: Path, first_line: int, block: bytes) -> pl.DataFrame:
-    """Parses whole lines; polars is quick but fills short lines with nulls, so the tabs and lines are counted too."""
+def _parse(file: Path, first_line: int, block: bytes, hashed: Sequence[str]) -> pl.DataFrame:
+    """Parses whole lines; polars is quick but fills short lines with nulls, so the tabs and lines are counted too.
+
+    Categories become text, those that are `hashed` Int64.
+    """
     try:
         table = pl.read_csv(block, has_header=False, separator="\t", quote_char=None, schema=_RAW_SCHEMA)
     except (pl.exceptions.PolarsError, OSError) as error:  # the latter where gzip data was packed a second time
@@ -231,19 +256,25 @@ def _parse(file: Path, first_line: int, block: bytes) -> pl.DataFrame:
     rectangular = rectangular and block.count(b"\r") == block.count(b"\r\n")  # polars takes them off any column's end
     if not rectangular or not table["label"].is_in([0, 1]).fill_null(False).all():
         raise _explanation(file, first_line, block)
-    return table
+    if not hashed:
+        return table
+    numbers = table.select(pl.col(hashed).str.to_integer(base=16, strict=False))
+    negative = numbers.select(pl.any_horizontal((pl.all() < 0).any())).item()
+    if negative or numbers.null_count().row(0) != table.select(hashed).null_count().row(0):
+        raise _explanation(file, first_line, block, hashed)
+    return table.with_columns(numbers.fill_null(BLANK_ID))
 
 
-def _explanation(file: Path, first_line: int, block: bytes) -> DataError:
+def _explanation(file: Path, first_line: int, block: bytes, hashed: Sequence[str] = ()) -> DataError:
     """Finds the first bad line of a block that failed; slow, but it runs once."""
     for number, line in enumerate(block.split(b"\n")[:-1], first_line):
-        wrong = _what_is_wrong(line.removesuffix(b"\r"))
+        wrong = _what_is_wrong(line.removesuffix(b"\r"), hashed)
         if wrong:
             return DataError(f"{file}: line {number}: {wrong}")
     return DataError(f"{file}: line {first_line} or below cannot be read as Criteo text")
 
 
-def _what_is_wrong(line: bytes) -> str | None:
+def _what_is_wrong(line: bytes, hashed: Sequence[str]) -> str | None:
     fields = line.split(b"\t") if line else []
     if len(fields) != len(_COLUMNS):
         return f"has {len(fields)} columns, not {len(_COLUMNS)} (label, 13 integers, 26 categories; tab separated)"
@@ -257,11 +288,17 @@ def _what_is_wrong(line: bytes) -> str | None:
             return f"column {name}: must be a whole number or blank, got {shown(text)}"
         if name in CATEGORIES and "\ufffd" in text and not _is_utf8(field):
             return f"column {name}: is not valid UTF-8: {shown(field)}"
+        if name in hashed and text and not _is_hexadecimal(text):
+            return f"column {name}: must be hexadecimal and below 2^63, or blank, to be hashed, got {shown(text)}"
     return None
 
 
 def _is_int64(text: str) -> bool:
     return re.fullmatch(r" *[+-]?[0-9]{1,19} *", text) is not None and -(2**63) <= int(text) < 2**63
+
+
+def _is_hexadecimal(text: str) -> bool:
+    return re.fullmatch(r"\+?[0-9a-fA-F]+", text) is not None and int(text, 16) < 2**63
 
 
 def _is_utf8(field: bytes) -> bool:

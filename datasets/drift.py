@@ -59,11 +59,13 @@ def _flat(column: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def drift_line(folder: Path, split: str) -> str:
-    """What `unseen_shares` says, for people: the features with the largest shares, and those without any id."""
+    """What `unseen_shares` says, for people: the features with the largest shares, those without ids, the uncounted."""
     shares = unseen_shares(folder, split)
     empty = [name for name, share in shares.items() if np.isnan(share)]
     found = sorted((name for name, share in shares.items() if share > 0), key=lambda name: -shares[name])
     said = ", ".join(f"{name} {shares[name]:.2%}" for name in found[:_SHOWN]) or "none"
     more = f" and {len(found) - _SHOWN} more features" if len(found) > _SHOWN else ""
     absent = f"; no id at all: {', '.join(empty)}" if empty else ""
-    return f"{split}: ids unseen or too rare in training: {said}{more}{absent}"
+    unknown = [feature.name for feature in read_features(folder, counts=False) if feature.hashed]
+    uncounted = f"; hashed, so not counted: {', '.join(unknown)}" if unknown else ""
+    return f"{split}: ids unseen or too rare in training: {said}{more}{absent}{uncounted}"

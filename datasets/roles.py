@@ -12,6 +12,8 @@ from embtab.errors import UserError
 WAYS = ("time", "random", "order", "column", "files")
 DERIVED = {"hour": 24, "weekday": 7}
 UNITS = ("s", "ms", "us", "ns")
+OF_SPACE = ("min_count", "raw", "hashed", "num_ids")
+"""Options of an id space, which all columns of it share."""
 KEY = "__split__"
 """A column of this name lies beside the others while a table is prepared; no column may be called so."""
 
@@ -37,8 +39,11 @@ class Ids:
     """Values that occur less often in the training split share id 0."""
     raw: bool = False
     """The column holds ids already: whole numbers from 0."""
+    hashed: bool = False
+    """The column holds whole numbers of 64 bits, each an id as it is; nothing counts or numbers them."""
     num_ids: int | None = None
-    """With `raw`: the cardinality; None: one more than the largest id."""
+    """With `raw`: the cardinality; None: one more than the largest id. With `hashed`: about how many different ids
+    there are; None to estimate it."""
     of: str | None = None
     """The categorical column whose ids these are."""
     separator: str | None = None
@@ -51,6 +56,11 @@ class Ids:
     def is_list(self) -> bool:
         """Whether a row holds any number of values."""
         return self.role != "categorical"
+
+    @property
+    def is_id(self) -> bool:
+        """Whether the values are ids as they stand."""
+        return self.raw or self.hashed
 
     @property
     def space(self) -> str:
@@ -176,10 +186,12 @@ def _check_feature(feature: Ids, known: Mapping[str, Ids]) -> None:
         if target is None or target.role != "categorical" or target.of is not None:
             targets = [each.column for each in known.values() if each.role == "categorical" and each.of is None]
             raise UserError(f"{where}: of {feature.of!r} is no categorical column; there are {', '.join(targets)}")
-        if (feature.raw, feature.num_ids, feature.min_count) != (target.raw, target.num_ids, target.min_count):
-            raise UserError(f"{where}: raw, num_ids and min_count must be those of {feature.of!r}")
-    if feature.num_ids is not None and not feature.raw:
-        raise UserError(f"{where}: num_ids goes with raw: true; else the ids are counted")
+        if any(getattr(feature, name) != getattr(target, name) for name in OF_SPACE):
+            raise UserError(f"{where}: {', '.join(OF_SPACE)} must be those of {feature.of!r}")
+    if feature.raw and feature.hashed:
+        raise UserError(f"{where}: raw ids are numbered from 0, hashed ones are any number; choose one of them")
+    if feature.num_ids is not None and not feature.is_id:
+        raise UserError(f"{where}: num_ids goes with raw: true or hashed: true; else the ids are counted")
     if feature.pooling not in (("sum", "mean", "none") if feature.role == "history" else ("sum", "mean")):
         raise UserError(f"{where}: pooling must be sum or mean (none for a history), got {feature.pooling!r}")
     if feature.separator is not None and (not feature.separator or not feature.is_list):

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from embtab.datasets.roles import WAYS, Csv, Dense, Ids, Roles, Split, Time
+from embtab.datasets.roles import OF_SPACE, WAYS, Csv, Dense, Ids, Roles, Split, Time
 from embtab.datasets.schema import SPLITS
 from embtab.errors import UserError
 
@@ -98,10 +98,9 @@ def _roles(given: Any, name: str) -> Roles:
     )
 
 
-_OF_SPACE = ("min_count", "raw", "num_ids")
 _OPTIONS = {
-    "categorical": (*_OF_SPACE, "of"),
-    "multi": (*_OF_SPACE, "of", "separator", "pooling"),
+    "categorical": (*OF_SPACE, "of"),
+    "multi": (*OF_SPACE, "of", "separator", "pooling"),
     "history": ("of", "separator", "pooling", "max_length"),
 }
 
@@ -109,7 +108,7 @@ _OPTIONS = {
 def _ids(role: str, column: str, defaults: dict[str, Any], options: Any) -> Ids:
     where = f"{role} column {column!r}"
     feature = _filled(Ids, where, options, _OPTIONS[role], column=_name(where, column), role=role)
-    if feature.of is not None and (given := [name for name in _OF_SPACE if name in options]):
+    if feature.of is not None and (given := [name for name in OF_SPACE if name in options]):
         raise UserError(f"{where}: {given[0]} is that of {feature.of!r}; leave it out here")
     return replace(feature, **{key: value for key, value in defaults.items() if key not in options})
 
@@ -117,7 +116,7 @@ def _ids(role: str, column: str, defaults: dict[str, Any], options: Any) -> Ids:
 def _as_target(feature: Ids, features: list[Ids]) -> Ids:
     """The feature with the id space of the one it names."""
     targets = [each for each in features if each.column == feature.of]
-    return replace(feature, **{name: getattr(targets[0], name) for name in _OF_SPACE}) if targets else feature
+    return replace(feature, **{name: getattr(targets[0], name) for name in OF_SPACE}) if targets else feature
 
 
 def _only_options(text: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     DIR/dataset.json             the description below; written last, so a folder without it is not a dataset
     DIR/{train,valid,test}/*.parquet
     DIR/vocab/NAME.parquet       row i describes id i of feature NAME: `count` (training occurrences), and `value`
-                                 (the raw value as a string) where the ids come from raw values
+                                 (the raw value as a string) where the ids come from raw values; none for hashed ids
 
 Columns of the Parquet files: the label (float32, 0 or 1), dense columns (float32), features (int64, or list<int64>
 where `multi` is true), and the unread columns. Each file carries the roles of its columns as JSON under the schema
@@ -34,13 +34,17 @@ ROW_GROUP_ROWS = 65_536  # larger groups read several times slower; smaller ones
 
 @dataclass(frozen=True)
 class Categorical:
-    """A categorical column: int64 ids in [0, num_ids), or lists of them where `multi` is true."""
+    """A categorical column: int64 ids in [0, num_ids), or lists of them where `multi` is true.
+
+    With `hashed` any int64 is an id, and `num_ids` is about how many different ones there are.
+    """
 
     name: str
     num_ids: int
     pooling: str = "sum"
     id_space: str | None = None
     multi: bool = False
+    hashed: bool = False
 
 
 @dataclass(frozen=True)

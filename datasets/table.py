@@ -39,7 +39,8 @@ def prepare(raw: Sequence[Path], out: Path, *, roles: Roles | Path) -> Dataset:
     Labels become float32; dense columns float32 through their transform; categorical columns int64 ids and lists of
     them list<int64>, by descending count in train (ties in the order of the values), with id 0 for values that are
     rare in train or do not occur there. A null category is the value "", like any other. Columns that share an id space
-    share a vocabulary, counted over all of them. Raw ids are written as they are. The user becomes a number of its own
+    share a vocabulary, counted over all of them. Raw and hashed ids are written as they are, and of hashed ones nothing
+    is counted. The user becomes a number of its own
     for each value, for metrics grouped by user.
 
     Rows keep the order of the files within their split. By time, splits are cut at two moments, and rows of one moment
@@ -62,7 +63,8 @@ def prepare(raw: Sequence[Path], out: Path, *, roles: Roles | Path) -> Dataset:
         staging = folder / "staging"
         stager = _stage(files, numbers, given, staging)
         rows = pl.scan_parquet(staging / "*.parquet")
-        dataset = _write(folder, rows, given, _source(files, given, stager))
+        distinct = {space: each.count for space, each in stager.distinct.items()}
+        dataset = _write(folder, rows, given, distinct, _source(files, given, stager))
         shutil.rmtree(staging)
         dataset = replace(dataset, files=describe_files(folder))
         dataset.save(folder)
@@ -116,16 +118,20 @@ def _source(files: Sequence[TableFile], roles: Roles, stager: Stager) -> dict[st
     }
 
 
-def _write(folder: Path, rows: pl.LazyFrame, roles: Roles, source: dict[str, Any]) -> Dataset:
+def _write(
+    folder: Path, rows: pl.LazyFrame, roles: Roles, distinct: Mapping[str, int], source: dict[str, Any]
+) -> Dataset:
     """Counts, encodes and writes staged rows."""
     sizes, parts = _parts(rows, roles)
     train = parts["train"]
     with tqdm(roles.features, desc="counting", unit="column") as bar:
         vocabularies = count_values(train, bar)
     vocabulary.save(vocabularies, folder)
-    num_ids = {name: table.height for name, table in vocabularies.items()} | raw_num_ids(rows, roles)
-    for name in num_ids.keys() - vocabularies.keys():
-        save_raw_counts(train.select(name), num_ids[name], folder)
+    raw = raw_num_ids(rows, roles)
+    for name, size in raw.items():
+        save_raw_counts(train.select(name), size, folder)
+    hashed = {each.column: each.num_ids or distinct[each.space] for each in roles.features if each.hashed}
+    num_ids = {name: table.height for name, table in vocabularies.items()} | raw | hashed
     dataset = Dataset(
         name=roles.name,
         features=_categoricals(roles, num_ids),
@@ -151,6 +157,7 @@ def _categoricals(roles: Roles, num_ids: Mapping[str, int]) -> tuple[Categorical
             feature.pooling,
             feature.space if feature.of is not None or feature.column in shared else None,
             feature.is_list,
+            feature.hashed,
         )
         for feature in roles.features
     ]

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from embtab.datasets.criteo import transformed
+from embtab.datasets.estimate import Distinct
 from embtab.datasets.roles import KEY, Dense, Ids, Roles, Time
 from embtab.datasets.schema import SPLITS
 from embtab.datasets.table_files import Piece, TableFile
@@ -20,6 +21,8 @@ _KINDS = {
     "categorical": ("text", "whole numbers", "booleans"),
     "list": ("lists of text", "lists of whole numbers", "text"),
     "raw list": ("lists of whole numbers", "text"),
+    "hashed": ("whole numbers",),
+    "hashed list": ("lists of whole numbers", "text"),
     "user": ("text", "whole numbers"),
     "time": ("whole numbers", "numbers", "dates", "text"),
     "split": ("text", "whole numbers", "booleans"),
@@ -31,6 +34,8 @@ _FIXES = {
     "categorical": "write text or whole numbers, or make the column dense; lists are multi",
     "list": "write lists of text or of whole numbers; single values are categorical",
     "raw list": "write lists of whole numbers",
+    "hashed": "ids must be whole numbers; leave hashed out to have values numbered",
+    "hashed list": "write lists of whole numbers",
     "user": "write text or whole numbers",
     "time": "write dates, numbers or ISO 8601",
     "split": "write text or whole numbers",
@@ -63,7 +68,8 @@ def check_columns(files: list[TableFile], roles: Roles) -> None:
 
 def _check_kind(where: str, kind: str, role: str, feature: Ids | None, is_parquet: bool) -> None:
     if feature is not None:
-        role = " ".join(["raw"] * feature.raw + ["list"] * feature.is_list) or "categorical"
+        kinds = ["raw"] * feature.raw + ["hashed"] * feature.hashed + ["list"] * feature.is_list
+        role = " ".join(kinds) or "categorical"
     if is_parquet and kind not in _KINDS[role]:
         raise DataError(f"{where}: holds {kind}, which the role {role} cannot have; {_FIXES[role]}")
     if kind == "text" and feature is not None and feature.is_list and feature.separator is None:
@@ -94,6 +100,7 @@ class Stager:
         rng: of a split at random.
         nulls: of each dense column.
         dates: whether the time is written as dates (True) or numbers (False); None before the first row.
+        distinct: how many different ids the id spaces of hashed columns have.
     """
 
     roles: Roles
@@ -101,13 +108,16 @@ class Stager:
     rng: np.random.Generator = field(init=False)
     nulls: dict[str, int] = field(init=False)
     dates: bool | None = None
+    distinct: dict[str, Distinct] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.roles.split.seed)
         self.nulls = {dense.column: 0 for dense in self.roles.dense}
+        self.distinct = {feature.space: Distinct() for feature in self.roles.features if feature.hashed}
 
     def staged(self, piece: Piece, split: int) -> pl.DataFrame:
-        """The label and dense columns (Float32), values and the user (String or lists of it; raw ids Int64), and KEY.
+        """The label and dense columns (Float32), values and the user (String or lists of it; raw and hashed
+        ids Int64), and KEY.
 
         Args:
             piece: rows of a file.
@@ -121,7 +131,12 @@ class Stager:
         for dense in roles.dense:
             columns[dense.column] = self._dense(piece, dense)
         for feature in roles.features:
-            columns[feature.column] = _lists(piece, feature) if feature.is_list else _values(piece, feature)
+            values = _lists(piece, feature) if feature.is_list else _values(piece, feature)
+            if feature.hashed:
+                self.distinct[feature.space].add(
+                    (values.explode().drop_nulls() if feature.is_list else values).to_numpy()
+                )
+            columns[feature.column] = values
         if roles.user is not None and roles.user_number is not None:
             columns[roles.user_number] = _present(piece, roles.user, "the user of a row must be known")
         moments = None if roles.time is None else self._moments(piece, roles.time)
@@ -222,18 +237,25 @@ def _label(piece: Piece, column: str) -> pl.Series:
 
 
 def _values(piece: Piece, feature: Ids) -> pl.Series:
-    if not feature.raw:
+    if not feature.is_id:
         return _text(piece.rows[feature.column])
-    ids = piece.rows[feature.column].cast(pl.Int64, strict=False)
-    _refuse(piece, feature.column, _outside(ids, feature).fill_null(True), _range(feature), show=True)
+    ids = pl.select(_ids(pl.lit(piece.rows[feature.column]), feature)).to_series()
+    _refuse(piece, feature.column, ids.is_null(), _range(feature), show=True)
     return ids
 
 
-def _outside(ids: pl.Series, feature: Ids) -> pl.Series:
-    return (ids < 0) | (ids >= feature.num_ids if feature.num_ids is not None else False)
+def _ids(values: pl.Expr, feature: Ids) -> pl.Expr:
+    """Int64, null where a value is no id."""
+    numbers = values.cast(pl.Int64, strict=False)
+    if feature.hashed:  # unsigned numbers above all signed ones are the negative number of the same bits
+        return pl.coalesce(numbers, values.cast(pl.UInt64, strict=False).reinterpret(signed=True))
+    end = feature.num_ids if feature.num_ids is not None else 2**63 - 1
+    return pl.when(numbers.is_between(0, end, closed="left")).then(numbers)
 
 
 def _range(feature: Ids) -> str:
+    if feature.hashed:
+        return "hashed ids must be whole numbers of 64 bits"
     end = f" below num_ids ({feature.num_ids})" if feature.num_ids is not None else ""
     return f"raw ids must be whole numbers from 0{end}"
 
@@ -248,12 +270,10 @@ def _lists(piece: Piece, feature: Ids) -> pl.Series:
         given = given.list.tail(feature.max_length)
     else:
         given = given.list.eval(pl.element().filter(pl.element() != ""))
-    if not feature.raw:
+    if not feature.is_id:
         return given
-    ids = given.list.eval(pl.element().cast(pl.Int64, strict=False))
-    end = feature.num_ids if feature.num_ids is not None else 2**63 - 1
-    inside = pl.element().is_between(0, end, closed="left").fill_null(False)
-    _refuse(piece, feature.column, ~ids.list.eval(inside).list.all(), _range(feature), show=True)
+    ids = given.list.eval(_ids(pl.element(), feature))
+    _refuse(piece, feature.column, ids.list.eval(pl.element().is_null()).list.any(), _range(feature), show=True)
     return ids
 
 

@@ -18,14 +18,14 @@ _MOST_RAW_IDS = 2**28  # their counts are held: 2 GB
 
 
 def count_values(train: pl.LazyFrame, features: Iterable[Ids]) -> dict[str, pl.DataFrame]:
-    """The vocabulary (see `vocabulary`) of every column that is not raw.
+    """The vocabulary (see `vocabulary`) of every column whose values are not ids as they stand.
 
     Columns of one id space have the same values, in the order of their counts in all of them, each with its own counts.
     """
     counted: dict[str, dict[str, pl.DataFrame]] = {}
     min_counts = {}
     for feature in features:
-        if not feature.raw:
+        if not feature.is_id:
             found = vocabulary.fit(train.select(feature.column)).slice(1)
             counted.setdefault(feature.space, {})[feature.column] = found
             min_counts[feature.space] = feature.min_count

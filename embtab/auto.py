@@ -16,6 +16,8 @@ The rule, in the order in which it is applied (configs/README.md has the measure
      id with a projection (lowrank) while half the width fits, then the product of two complementary parts (qr), or of
      three (partitions) where two do not fit. Without counts all ids are taken to matter alike.
 
+Hashed ids (any int64) have no row of their own: they are unified whatever the budget, and the rules hold for the rest.
+
 Where even that does not fit, rows are hashed; below one row per feature nothing is feasible.
 """
 
@@ -48,21 +50,24 @@ def choices(spaces: Sequence[Feature], limit: int | None, dim: int, precision: s
         dim: D, the width of every vector.
         precision: the only one to use; None to choose.
     """
+    hashed = [space for space in spaces if space.hashed]
     if limit is None:
-        return [_all(spaces, "dense", precision or PRECISIONS[-1])]
+        finest = precision or PRECISIONS[-1]
+        return [_all(spaces, "dense", finest) | _all(hashed, "unified", finest)]
     specs = [Spec(dim, precision=name) for name in (PRECISIONS if precision is None else (precision,))]
     coarse = specs[0]
-    if coarse.dense_bytes_of(spaces) <= limit:
+    if not hashed and coarse.dense_bytes_of(spaces) <= limit:
         return [_dense(spaces, limit, specs)]
-    by_size = sorted(spaces, key=lambda space: (space.num_ids, space.name))
-    fitting = [k for k in range(len(spaces)) if coarse.dense_bytes_of(by_size[:k]) <= SMALL * limit]
+    by_size = sorted(spaces, key=lambda space: (space.hashed, space.num_ids, space.name))
+    most = len(spaces) - max(len(hashed), 1)
+    fitting = [k for k in range(most + 1) if coarse.dense_bytes_of(by_size[:k]) <= SMALL * limit]
     small, large = by_size[: fitting[-1]], by_size[fitting[-1] :]
     share = (limit - coarse.dense_bytes_of(small)) / coarse.dense_bytes_of(large)
     fits_half = coarse.row_bytes(max(dim // 2, 1)) <= share * coarse.row_bytes(dim)
     structures = ["lowrank"] * fits_half + ["qr", "partitions", "unified"]
-    even = [space for space in large if effective_ids(space) >= EVEN * space.num_ids]
-    exact, hashed = _dense(small, int(SMALL * limit), specs), _all(large, "unified", coarse.precision)
-    return [exact | hashed | _all(even, structure, coarse.precision) for structure in structures]
+    even = [space for space in large if not space.hashed and effective_ids(space) >= EVEN * space.num_ids]
+    exact, rest = _dense(small, int(SMALL * limit), specs), _all(large, "unified", coarse.precision)
+    return [exact | rest | _all(even, structure, coarse.precision) for structure in structures]
 
 
 def _all(spaces: Sequence[Feature], method: str, precision: str) -> Choice:

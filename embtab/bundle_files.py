@@ -73,6 +73,8 @@ def _check_features(features: Any, encodings: Config) -> None:
         bound = encodings[space or name]["num_ids"]
         need(is_int(feature["num_ids"], 1, 2**63), f"feature {name!r}: num_ids {feature['num_ids']!r}")
         need(bound in (None, feature["num_ids"]), f"feature {name!r}: num_ids is not its encoding's")
+        hashed = feature.get("hashed", False)
+        need(isinstance(hashed, bool) and not (hashed and bound), f"feature {name!r}: hashed {hashed!r}")
         need(feature["pooling"] in POOLINGS, f"feature {name!r}: pooling {feature['pooling']!r}")
 
 

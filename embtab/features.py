@@ -24,10 +24,13 @@ class Feature:
         pooling: how the vectors of a bag become one: "sum", "mean", or "none" for sequences.
         counts: int64 [num_ids], how often each id occurs in the training data; None when unknown.
         id_space: a name shared by features whose ids mean the same things (a target item and the items of a
-            history). They use one table and one hash seed, and must have equal `num_ids`.
+            history). They use one table and one hash seed, and must have equal `num_ids` and `hashed`.
+        hashed: whether any int64 is an id: raw 64-bit numbers, without a vocabulary. `num_ids` then says about how many
+            different ones there are; it shares out bytes and bounds nothing. Only methods that hash hold such ids.
 
     Raises:
-        UserError: for an empty name, a non-positive cardinality, an unknown pooling or counts of a wrong shape.
+        UserError: for an empty name, a non-positive cardinality, an unknown pooling, or counts of a wrong shape or of
+            hashed ids.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Feature:
     pooling: str = "sum"
     counts: np.ndarray | None = field(default=None, compare=False, repr=False)
     id_space: str | None = None
+    hashed: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -48,6 +52,10 @@ class Feature:
                 f"feature {self.name!r}: pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}"
             )
         object.__setattr__(self, "num_ids", int(self.num_ids))
+        if not isinstance(self.hashed, bool):
+            raise UserError(f"feature {self.name!r}: hashed must be true or false, got {self.hashed!r}")
+        if self.hashed and self.counts is not None:
+            raise UserError(f"feature {self.name!r}: hashed ids are any int64, so they cannot have counts by id")
         if self.counts is not None:
             counts = np.asarray(self.counts, dtype=np.int64)
             if counts.shape != (self.num_ids,):
@@ -75,14 +83,14 @@ def read_features(path: str | Path, counts: bool = True) -> list[Feature]:
     features = []
     try:
         for entry in described["features"]:
-            pooling, space = entry.get("pooling", "sum"), entry.get("id_space")
-            features.append(Feature(entry["name"], entry["num_ids"], pooling, id_space=space))
+            options = {name: entry[name] for name in ("pooling", "id_space", "hashed") if name in entry}
+            features.append(Feature(entry["name"], entry["num_ids"], **options))
     except (AttributeError, KeyError, TypeError, UserError) as error:
         raise DataError(f"{folder / 'dataset.json'}: {error}; prepare the data again") from error
     paths = {feature.name: folder / "vocab" / f"{feature.name}.parquet" for feature in features}
     return [
         replace(feature, counts=read_counts(paths[feature.name], feature.num_ids))
-        if counts and paths[feature.name].exists()
+        if counts and not feature.hashed and paths[feature.name].exists()
         else feature
         for feature in features
     ]
@@ -135,7 +143,7 @@ def id_spaces(features: Iterable[Feature]) -> list[Feature]:
     """One feature per id space, named after the space, with the counts of its members added up.
 
     Raises:
-        UserError: when names repeat, or members of one space differ in cardinality.
+        UserError: when names repeat, or members of one space differ in cardinality or in what an id is.
     """
     spaces: dict[str, Feature] = {}
     names: set[str] = set()
@@ -145,13 +153,17 @@ def id_spaces(features: Iterable[Feature]) -> list[Feature]:
         names.add(feature.name)
         known = spaces.get(feature.space)
         if known is None:
-            spaces[feature.space] = Feature(feature.space, feature.num_ids, counts=feature.counts)
+            spaces[feature.space] = Feature(
+                feature.space, feature.num_ids, counts=feature.counts, hashed=feature.hashed
+            )
             continue
         if known.num_ids != feature.num_ids:
             raise UserError(
                 f"feature {feature.name!r} has {feature.num_ids} ids but its id space {feature.space!r} has "
                 f"{known.num_ids}; features that share a space need equal num_ids"
             )
+        if known.hashed != feature.hashed:
+            raise UserError(f"feature {feature.name!r}: hashed must be that of its id space {feature.space!r}")
         both = None if known.counts is None or feature.counts is None else known.counts + feature.counts
-        spaces[feature.space] = Feature(feature.space, feature.num_ids, counts=both)
+        spaces[feature.space] = replace(known, counts=both)
     return list(spaces.values())

@@ -96,6 +96,10 @@ def _by_space(weights: Dense, plan: Plan) -> dict[str, Tensor]:
         if name not in space_of:
             raise UserError(f"dense table {name!r} is of no feature of the plan; it has {', '.join(num_ids)}")
         space = space_of[name]
+        if any(feature.hashed for feature in plan.features if feature.space == space):
+            raise UserError(
+                f"dense table {name!r}: the ids of its feature are any 64-bit numbers (hashed), so no row is theirs"
+            )
         if space in found and isinstance(weight, Tensor) and weight.data_ptr() == found[space].data_ptr():
             continue  # one table under the names of two features that share it
         if space in found:

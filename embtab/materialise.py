@@ -45,6 +45,11 @@ def _spaces(bundle: Bundle) -> dict[str, tuple[str, int]]:
     """A feature and the number of ids of every id space."""
     found: dict[str, tuple[str, int]] = {}
     for entry in bundle.plan["features"]:
+        if entry.get("hashed"):
+            raise UserError(
+                f"feature {entry['name']!r}: its ids are any 64-bit numbers (hashed), so its vectors cannot all be "
+                "written; hand over the bundle itself, or export with --onnx"
+            )
         found.setdefault(entry["id_space"] or entry["name"], (entry["name"], entry["num_ids"]))
     return found
 

@@ -46,7 +46,7 @@ def outlooks(
     Raises:
         UserError: for a budget, dim or precision that makes no sense.
     """
-    plan(features, "dense", None, dim, seed, precision)  # what is wrong for all is said once
+    plan(features, "auto", None, dim, seed, precision)  # what is wrong for all is said once
     found = []
     for name in ("auto", *METHODS):
         try:

@@ -135,6 +135,7 @@ class Plan:
             "budget": self.budget,
             "features": [
                 {"name": f.name, "num_ids": f.num_ids, "pooling": f.pooling, "id_space": f.id_space}
+                | ({"hashed": True} if f.hashed else {})
                 for f in self.features
             ],
             "encodings": {
@@ -213,10 +214,22 @@ def plan(
         encodings |= zip((space.name for space in group.spaces), solution.encodings, strict=True)
         tables += solution.tables
     ordered = {space.name: encodings[space.name] for space in spaces}
+    _check_hashed(spaces, ordered)
     made = _assembled(tuple(features), ordered, tables, dim, seed, limit)
     if limit is not None and made.nbytes > limit:
         raise AssertionError(f"planned {made.nbytes} bytes for a budget of {limit}; please report this")
     return made
+
+
+def _check_hashed(spaces: Sequence[Feature], encodings: Mapping[str, Encoding]) -> None:
+    for space in spaces:
+        encoding = encodings[space.name]
+        if space.hashed and encoding.num_ids is not None:
+            raise UserError(
+                f"feature {space.name!r}: its ids are any 64-bit numbers (hashed), and {encoding.method!r} needs ids "
+                "numbered from 0; choose hash, unified, multihash, robe, cafe or dhe for it, or prepare the data "
+                "with a vocabulary"
+            )
 
 
 def _auto(

@@ -133,10 +133,13 @@ def test_a_column_that_vanished_is_named(tmp_path):
 
 def test_many_features_are_not_all_listed(tmp_path, monkeypatch):
     shares = {f"f{i}": (i + 1) / 100 for i in range(9)} | {"known": 0.0}
+    features = [et.Feature("f0", 9), et.Feature("raw", 9, hashed=True)]
     monkeypatch.setattr("embtab.datasets.drift.unseen_shares", lambda *_: shares)
+    monkeypatch.setattr("embtab.datasets.drift.read_features", lambda *_, **__: features)
     line = drift_line(tmp_path, "test")
     assert line == (
         "test: ids unseen or too rare in training: f8 9.00%, f7 8.00%, f6 7.00%, f5 6.00%, f4 5.00% and 4 more features"
+        "; hashed, so not counted: raw"
     )
 
 

@@ -27,8 +27,12 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     criteo.add_argument(
         "--blank", type=float, default=0.0, help="what a blank integer becomes; -0.5 is told from all (default 0)"
     )
+    criteo.add_argument(
+        "--hashed", action="store_true", help="take categories as ids as they stand, without a vocabulary; for hashing"
+    )
     _add_shares(criteo, 0.1, 0.1)
-    criteo.set_defaults(run=_prepare, kind="criteo", options=("min_count", "dense_transform", "blank", "valid", "test"))
+    criteo_options = ("min_count", "dense_transform", "blank", "valid", "test", "hashed")
+    criteo.set_defaults(run=_prepare, kind="criteo", options=criteo_options)
 
     movielens = kinds.add_parser("movielens", help="ml-100k ratings in time order, or ml-1m pairs with drawn negatives")
     movielens.add_argument("raw", type=Path, metavar="RAW", help="the folder of the raw files")

@@ -96,9 +96,10 @@ def collisions(tables: EmbeddingBagCollection) -> dict[str, list[int]]:
         tables: as they are served.
 
     Returns:
-        [ids that share, ids] by id space; spaces of more than MOST_IDS ids are left out.
+        [ids that share, ids] by id space; spaces of more than MOST_IDS ids, or of hashed ones, are left out.
     """
-    first = {feature.space: feature for feature in reversed(tables.plan.features) if feature.num_ids <= MOST_IDS}
+    numbered = [each for each in reversed(tables.plan.features) if each.num_ids <= MOST_IDS and not each.hashed]
+    first = {feature.space: feature for feature in numbered}
     marks: dict[str, list[NDArray[np.int64]]] = {space: [] for space in first}
     wanted = {feature.name: feature.num_ids for feature in first.values()}
     sizes = {feature.name: wanted.get(feature.name, 0) for feature in tables.plan.features}

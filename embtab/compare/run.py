@@ -17,8 +17,9 @@ from embtab.compare.sweep import Cell, Sweep, cell_key, label, training_key
 from embtab.compare.workers import AnyJob, Job, SearchJob, outcomes
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
-from embtab.features import Feature, read_features
+from embtab.features import Feature, id_spaces, read_features
 from embtab.lookup import Optimizer
+from embtab.methods import Spec
 from embtab.planning import Plan, plan
 from embtab.sizes import parse_bytes
 
@@ -99,7 +100,7 @@ def _planned(sweep: Sweep, dataset: Dataset, features: list[Feature], cell: Cell
     """
     from embtab.compare.searched import is_learned, search_key
 
-    dense = plan(features, "dense", None, sweep.dim).nbytes
+    dense = Spec(sweep.dim).dense_bytes_of(id_spaces(features))
     row: Row = dict.fromkeys(COLUMNS)
     row |= {
         "method": label(cell.method),

@@ -42,13 +42,19 @@ class Data:
 
     Raises:
         DataError: when the folder is no prepared dataset.
-        UserError: when the validation split has rows of one class only, so that nothing can be chosen by it.
+        UserError: when the validation split has rows of one class only, so that nothing can be chosen by it, or a
+            feature has hashed ids.
     """
 
     def __init__(self, sweep: Sweep, seed: int, device: torch.device) -> None:
         self.path, self.batch_size, self.seed, self.device = Path(sweep.data), sweep.batch_size, seed, device
         self.dataset = Dataset.load(self.path)
         self.features = read_features(self.path)
+        if hashed := [feature.name for feature in self.features if feature.hashed]:
+            raise UserError(
+                f"{self.path}: the ids of {hashed[0]!r} are any 64-bit numbers (hashed), and a search needs a row for "
+                "each; prepare the data with a vocabulary"
+            )
         labels = {float(value) for batch in self.batches("valid") for value in batch.label.unique()}
         if len(labels) < 2:
             only = "no rows" if not labels else f"only rows of label {labels.pop():g}"

@@ -182,7 +182,7 @@ class CAFE(Encoding):
         bucket = SLOTS * (row + 8)
 
         def choose(space: Feature, target: int) -> Solution:
-            if target >= spec.dense_bytes(space) or 2 * bucket + row >= spec.dense_bytes(space):
+            if spec.dense_bytes(space) <= max(target, 2 * bucket + row) and not space.hashed:
                 return dense_solution(space, spec)
             buckets = min(max(min(int(hot * target), target - row) // bucket, 2), MAX_ROWS // (2 * SLOTS * CELLS))
             rows = min(max((target - buckets * bucket) // row, 1), MAX_ROWS - SLOTS * buckets)

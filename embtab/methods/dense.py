@@ -46,6 +46,29 @@ class Dense(Encoding):
         return solution
 
 
+def shared_budget(spaces: Sequence[Feature], budget: int | None, spec: Spec, method: str, least: int) -> int | Solution:
+    """What a method has for one table of all id spaces; or their exact tables, which are better where they fit.
+
+    Args:
+        spaces: the id spaces.
+        budget: serving bytes; None for as many as the exact tables take.
+        spec: dimension and precision.
+        method: for the error message.
+        least: bytes of the smallest table of the method.
+
+    Raises:
+        InfeasibleBudget: when neither fits.
+    """
+    size = spec.dense_bytes_of(spaces)
+    can_be_exact = not any(space.hashed for space in spaces)
+    if can_be_exact and (budget is None or size <= budget):
+        return Dense.solve(spaces, None, spec)
+    budget = max(size, least) if budget is None else budget
+    if budget < least:
+        raise infeasible(method, budget, min(least, size) if can_be_exact else least)
+    return budget
+
+
 def dense_solution(space: Feature, spec: Spec) -> Solution:
     """The exact table of one id space; other methods use it for spaces that would not shrink."""
     return Solution([Dense(spec.dim, space.num_ids, (space.name,))], [spec.table(space.name, space.num_ids, spec.dim)])

@@ -123,7 +123,7 @@ class DHE(Encoding):
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (middle, high) if nbytes(middle) <= target else (low, middle)
-            if dense <= max(target, nbytes(low)):
+            if dense <= max(target, nbytes(low)) and not space.hashed:
                 return dense_solution(space, spec)
             seed = seed_of(space.name, 0, spec.seed)
             return Solution([cls(spec.dim, None, (), seed, min(hashes, low), low, layers)], [])

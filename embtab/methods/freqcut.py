@@ -92,6 +92,11 @@ class FreqCut(Encoding):
         }
 
         def choose(space: Feature, target: int) -> Solution:
+            if space.hashed:
+                raise UserError(
+                    f"feature {space.name!r}: its ids are any 64-bit numbers (hashed), not numbered by falling "
+                    "frequency as freqcut needs them; choose hash, unified or cafe for it"
+                )
             num_rows = min(max(target // spec.row_bytes(spec.dim), 1), MAX_ROWS)
             if num_rows >= space.num_ids:
                 return dense_solution(space, spec)

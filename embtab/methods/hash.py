@@ -56,7 +56,7 @@ class Hash(Encoding):
 
         def choose(space: Feature, target: int) -> Solution:
             num_rows = min(max(target // spec.row_bytes(spec.dim), 1), MAX_ROWS)
-            if num_rows >= space.num_ids:
+            if num_rows >= space.num_ids and not space.hashed:
                 return dense_solution(space, spec)
             encoding = cls(spec.dim, None, (space.name,), seed_of(space.name, 0, spec.seed), num_rows)
             return Solution([encoding], [spec.table(space.name, num_rows, spec.dim)])

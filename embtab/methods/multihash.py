@@ -29,8 +29,8 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill, infeasible
-from embtab.methods.dense import Dense, dense_solution
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill
+from embtab.methods.dense import dense_solution, shared_budget
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,15 @@ class MultiHash(Encoding):
 
         def choose(space: Feature, target: int) -> Solution:
             tables = sized(space.name, space.num_ids, target)
-            if spec.dense_bytes(space) <= max(target, sum(table.nbytes for table in tables)):
+            if not space.hashed and spec.dense_bytes(space) <= max(target, sum(table.nbytes for table in tables)):
                 return dense_solution(space, spec)
             return Solution([encoded(space, tables)], tables)
 
         if not shared:
             return fill(spaces, budget, spec, cls.method, choose)
-        dense = Dense.solve(spaces, None, spec)
-        if budget is None or dense.nbytes <= budget:
-            return dense
-        if budget < row + scalars:
-            raise infeasible(cls.method, budget, min(row + scalars, dense.nbytes))
+        found = shared_budget(spaces, budget, spec, cls.method, row + scalars)
+        if isinstance(found, Solution):
+            return found
         name = f"@{'weighted' if weighted else 'multihash'}{hashes}"
-        tables = sized(name, sum(space.num_ids for space in spaces), budget)
+        tables = sized(name, sum(space.num_ids for space in spaces), found)
         return Solution([encoded(space, tables) for space in spaces], tables)

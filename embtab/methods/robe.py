@@ -28,8 +28,8 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, infeasible
-from embtab.methods.dense import Dense
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec
+from embtab.methods.dense import shared_budget
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,11 @@ class Robe(Encoding):
         granule = math.gcd(chunk, 4) if granule is None else granule
         if granule < 1 or chunk % granule:
             raise UserError(f"robe: granule must divide chunk; got granule={granule}, chunk={chunk}")
-        dense = Dense.solve(spaces, None, spec)
-        if budget is None or dense.nbytes <= budget:
-            return dense
         window = chunk // granule
-        num_rows = min(budget // spec.row_bytes(granule), MAX_ROWS)
-        if num_rows < window:
-            raise infeasible(cls.method, budget, min(window * spec.row_bytes(granule), dense.nbytes))
+        found = shared_budget(spaces, budget, spec, cls.method, window * spec.row_bytes(granule))
+        if isinstance(found, Solution):
+            return found
+        num_rows = min(found // spec.row_bytes(granule), MAX_ROWS)
         name = f"@robe{chunk}by{granule}"
         encodings: list[Encoding] = []
         for space in spaces:

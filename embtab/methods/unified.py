@@ -20,8 +20,8 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, infeasible
-from embtab.methods.dense import Dense
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec
+from embtab.methods.dense import shared_budget
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,11 @@ class Unified(Encoding):
         """As many shared rows as fit; when the dense tables fit, they are better and are taken."""
         if chunks < 1 or spec.dim % chunks:
             raise UserError(f"unified: chunks must divide dim; got chunks={chunks}, dim={spec.dim}")
-        dense = Dense.solve(spaces, None, spec)
-        if budget is None or dense.nbytes <= budget:
-            return dense
         width = spec.dim // chunks
-        num_rows = min(budget // spec.row_bytes(width), MAX_ROWS)
-        if num_rows < 1:
-            raise infeasible(cls.method, budget, spec.row_bytes(width))
+        found = shared_budget(spaces, budget, spec, cls.method, spec.row_bytes(width))
+        if isinstance(found, Solution):
+            return found
+        num_rows = min(found // spec.row_bytes(width), MAX_ROWS)
         name = f"@unified{width}"
         encodings: list[Encoding] = []
         for space in spaces:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embtab.datasets import criteo
+from embtab.datasets.check import check
 from embtab.datasets.schema import ROW_GROUP_ROWS, Dataset
 from embtab.errors import DataError, UserError
 from embtab.features import read_features
@@ -107,7 +108,8 @@ def test_description_says_how_the_folder_was_made(tmp_path):
     source = json.loads((out / "dataset.json").read_text())["source"]
     assert source["rows"] == 50
     assert source["files"] == ["train.txt"]
-    assert source["options"] == {"min_count": 2, "dense_transform": "log", "valid": 0.1, "test": 0.1, "blank": 0.0}
+    options = {"min_count": 2, "dense_transform": "log", "valid": 0.1, "test": 0.1, "blank": 0.0, "hashed": False}
+    assert source["options"] == options
     assert source["blanks"] == {name: sum(r[i] == "" for r in rows) for i, name in enumerate(criteo.INTEGERS, 1)}
     assert sorted(p.name for p in out.iterdir()) == ["dataset.json", "test", "train", "valid", "vocab"]
     first = read_features(out)[0]
@@ -278,3 +280,29 @@ def test_text_that_is_packed_twice_is_refused(tmp_path):
     (tmp_path / "train.gz").write_bytes(gzip.compress(gzip.compress(text_of(fake_rows(50)))[:-20]))
     with pytest.raises(DataError, match=r"train.gz: line 1: has \d+ columns, not 40"):
         criteo.prepare([tmp_path / "train.gz"], tmp_path / "out")
+
+
+def test_hashed_categories_are_ids_as_they_stand(tmp_path):
+    rows = fake_rows(100, seed=7)
+    rows[3][20], rows[4][20] = "ffffffff", "7fffffffffffffff"
+    for row in rows:
+        row[30] = ""
+    dataset = criteo.prepare([write_raw(tmp_path / "train.txt", rows)], tmp_path / "out", hashed=True)
+    read = [columns_of(tmp_path / "out", split) for split in ("train", "valid", "test")]
+    for c, name in enumerate(criteo.CATEGORIES, 14):
+        wanted = [int(row[c], 16) if row[c] else -1 for row in rows]
+        assert np.concatenate([found[name] for found in read]).tolist() == wanted
+        assert [f.num_ids for f in dataset.features if f.name == name] == [len(set(wanted))]
+    assert all(feature.hashed and feature.counts is None for feature in read_features(tmp_path / "out"))
+    assert list((tmp_path / "out/vocab").iterdir()) == []
+    assert check(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("value", ["-1", "zz", "8000000000000000", " 1"])
+def test_categories_that_are_no_hexadecimal_numbers_cannot_be_hashed(tmp_path, value):
+    rows = fake_rows(20)
+    rows[7][15] = value
+    raw = write_raw(tmp_path / "train.txt", rows)
+    with pytest.raises(DataError, match=r"train\.txt: line 8: column C2: must be hexadecimal and below 2\^63"):
+        criteo.prepare([raw], tmp_path / "out", hashed=True)
+    assert not (tmp_path / "out").exists()

@@ -346,6 +346,35 @@ def test_raw_ids_share_their_range_with_a_history(tmp_path):
     assert check(tmp_path / "out") == []
 
 
+@small
+@given(
+    st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 2**63 - 1, 2**63, 2**64 - 1]), min_size=12, max_size=40)
+)
+def test_hashed_ids_are_all_64_bit_numbers_as_they_stand(tmp_path_factory, values):
+    folder = tmp_path_factory.mktemp("hashed")
+    rows = [row | {"place": n, "bought": [n, values[0]]} for row, n in zip(example(len(values)), values, strict=True)]
+    schema = SCHEMA.set(4, pa.field("place", pa.uint64())).set(6, pa.field("bought", pa.list_(pa.uint64())))
+    changes = {
+        "categorical": {"place": {"hashed": True}},
+        "history": {"bought": {"of": "place", "separator": "|"}},
+        "split": {"by": "order", "valid": 0.1, "test": 0.1},
+    }
+    signed = [n - 2**64 if n >= 2**63 else n for n in values]
+    for name, raw in (
+        ("p", write_parquet(folder / "a.parquet", rows, schema)),
+        ("c", write_csv(folder / "a.csv", rows)),
+    ):
+        (folder / name).mkdir()
+        dataset = prepared(folder / name, [raw], **changes)
+        found = [row for split in rows_of(folder / name / "out").values() for row in split]
+        assert [row["place"] for row in found] == signed
+        assert [row["bought"] for row in found] == [[n, signed[0]] for n in signed]
+        sizes = {feature.name: feature.num_ids for feature in dataset.features if feature.hashed}
+        assert sizes == dict.fromkeys(("place", "bought"), len(set(values)))
+        assert [problem for problem in check(folder / name / "out") if not problem.warning] == []
+        assert [path.stem for path in (folder / name / "out/vocab").iterdir()] == ["tags"]
+
+
 def test_the_page_about_own_data_shows_files_that_are_accepted(tmp_path):
     page = Path(__file__).parents[2] / "docs/your-data.md"
     roles, sweep = (block.split("```")[0] for block in page.read_text().split("```yaml\n")[1:])
