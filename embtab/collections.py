@@ -13,6 +13,8 @@ vectors instead of N. Where it is not (a product), each id is combined before ba
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -158,7 +160,13 @@ class _Collection(nn.Module):
         """Fuses the integer arithmetic from ids to rows by torch.compile, for long bags and GPUs; no bit changes.
 
         The first batch then waits for a compiler (seconds), which must be there: a C++ one for CPUs, Triton for GPUs.
+
+        Raises:
+            UserError: when there is neither a C++ compiler nor a GPU.
         """
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None and not torch.cuda.is_available():
+            raise UserError(f"compile_rows: there is no C++ compiler {compiler!r}; install it, or set CXX to another")
         for block in self._each_block():
             block.fuse()
 

@@ -222,3 +222,11 @@ def test_compiled_rows_are_the_same_bit_by_bit(method: str) -> None:
     compiled.compile_rows()
     for kind in ("one id", "three ids", "ragged"):
         assert torch.equal(plain.vectors(batch(kind)), compiled.vectors(batch(kind)))
+
+
+def test_without_a_compiler_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    tables = et.EmbeddingBagCollection(et.plan(FEATURES, "hash", "0.3x", DIM), "torch")
+    with pytest.raises(UserError, match="no C\\+\\+ compiler 'no-such-compiler'"):
+        tables.compile_rows()

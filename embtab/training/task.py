@@ -198,10 +198,11 @@ class FitTask(RankingTask):
         table_lr: its learning rate.
         lr: Adam's learning rate for the ranker and the tables' dense parts.
         weight_decay: Adam's weight decay.
+        compile_rows: compile the arithmetic from ids to rows, which gains with long bags and on GPUs.
         model: the ranker, made from (number of dense columns, number of features, dim).
 
     Raises:
-        UserError: for settings that fit neither each other nor the data.
+        UserError: for settings that fit neither each other nor the data, or a compiler that is not there.
     """
 
     def __init__(
@@ -218,12 +219,15 @@ class FitTask(RankingTask):
         table_lr: float = 0.05,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        compile_rows: bool = False,
         model: Callable[[int, int, int], nn.Module] = AutoInt,
     ):
         dataset = Dataset.load(data)
         planned = plan(read_features(data), method, budget, dim, seed, precision)
         optimizer = Optimizer(table_optimizer, table_lr) if backend == "fbgemm" else None
         tables = EmbeddingBagCollection(planned, backend, optimizer, init_std)
+        if compile_rows:
+            tables.compile_rows()
         super().__init__(tables, model(len(dataset.dense), len(dataset.features), dim), lr, weight_decay)
         self.about = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "dense": list(dataset.dense)}
 

@@ -1,6 +1,7 @@
 """The task and the data module under Lightning's Trainer: it learns, measures rightly, and resumes exactly."""
 
 import json
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -167,6 +168,18 @@ def test_epochs_differ_and_are_complete(toy):
     assert not torch.equal(*epochs)
     assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
     assert len(epochs[0]) == 2_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_rows_train_the_same_tables(toy, tmp_path):
+    states = []
+    for compile_rows in (False, True):
+        learner = task(toy, method="qr", budget="0.9x", compile_rows=compile_rows)
+        trainer(tmp_path, max_epochs=1).fit(learner, DataModule(str(toy), BATCH))
+        states.append(learner.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_resuming_other_data_is_refused(toy):
