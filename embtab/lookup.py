@@ -15,9 +15,9 @@ tables over processes, is in `embtab.sharding.lookup`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -161,8 +161,8 @@ class StackedLookup(Lookup):
         """The matrix [R, W] that holds all tables of a width, detached: writing to it writes to the tables."""
 
     @abstractmethod
-    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """[B, W]: sums of (weighted) rows; bag b holds rows[offsets[b]:offsets[b + 1]]."""
+    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+        """[B, W]: sums of (weighted) rows; bag b holds rows[offsets[b]:offsets[b + 1]], without offsets rows[b]."""
 
     def table(self, name: str) -> Tensor:
         """A part of the matrix."""
@@ -185,12 +185,11 @@ class StackedLookup(Lookup):
         return [answer for answer in answers if answer is not None]
 
 
-def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows, bag offsets and weights of several requests, one after the other."""
+def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows, bag offsets (None where every row is a bag) and weights of several requests, one after the other."""
     rows = _cat([request.rows for request in group])
-    if all(request.lengths is None for request in group):
-        offsets = torch.arange(len(rows) + 1, device=rows.device)
-    else:
+    offsets = None
+    if any(request.lengths is not None for request in group):
         lengths = _cat([torch.ones_like(r.rows) if r.lengths is None else r.lengths for r in group])
         offsets = F.pad(lengths.cumsum(0), (1, 0))
     if all(request.weights is None for request in group):
@@ -221,12 +220,12 @@ class TorchLookup(StackedLookup):
         """The parameter of this width, detached."""
         return self.get_parameter(f"width{width}").detach()
 
-    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
         """Sums by torch's own embedding bag."""
         return F.embedding_bag(
             rows,
             self.get_parameter(f"width{width}"),
-            offsets,
+            torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets,
             mode="sum",
             sparse=self.sparse,
             per_sample_weights=weights,
@@ -236,95 +235,6 @@ class TorchLookup(StackedLookup):
     def optimizer_state(self) -> dict[str, Tensor]:
         """Empty: the optimizer is the user's."""
         return {}
-
-
-class FbgemmLookup(StackedLookup):
-    """fbgemm's table-batched lookups with the optimizer fused into backward; fastest, and no gradient is ever stored.
-
-    The tables are no torch parameters: `parameters()` does not list them, and no outer optimizer can touch them.
-    fbgemm wants widths in multiples of 4, so narrower rows are padded while training (not in what is saved); row-wise
-    Adagrad then averages squares over the padded width.
-    """
-
-    def __init__(self, tables: Sequence[Table], device: torch.device | str, optimizer: Optimizer) -> None:
-        super().__init__(tables)
-        self.optimizer = optimizer
-        self.device = torch.device(device)
-        self._kernels = self._made(self.device)
-
-    def _made(self, device: torch.device) -> dict[int, Any]:
-        """One table-batched kernel per width, all rows zero."""
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
-            BoundsCheckMode,
-            EmbeddingLocation,
-            PoolingMode,
-        )
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
-
-        on_gpu = device.type == "cuda"
-        place = EmbeddingLocation.DEVICE if on_gpu else EmbeddingLocation.HOST
-        compute = ComputeDevice.CUDA if on_gpu else ComputeDevice.CPU
-        kind = {
-            "sgd": EmbOptimType.EXACT_SGD,
-            "adagrad": EmbOptimType.EXACT_ADAGRAD,
-            "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        }[self.optimizer.name]
-        return {
-            width: SplitTableBatchedEmbeddingBagsCodegen(
-                [(rows, padded(width), place, compute)],
-                optimizer=kind,
-                learning_rate=self.optimizer.lr,
-                eps=self.optimizer.eps,
-                pooling_mode=PoolingMode.SUM,
-                bounds_check_mode=BoundsCheckMode.NONE,  # rows are in range by construction; ids were checked before
-                device=device,
-            )
-            for width, rows in self.stacked_rows.items()
-        }
-
-    def stack(self, width: int) -> Tensor:
-        """The kernel's matrix without its padding."""
-        matrix: Tensor = self._kernels[width].split_embedding_weights()[0].detach()
-        return matrix[:, :width]
-
-    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """Sums by the fused kernel, whose backward updates the rows."""
-        if torch.is_inference_mode_enabled():  # which the training kernel does not know
-            with torch.inference_mode(False), torch.no_grad():
-                return self.sum_bags(width, rows, offsets, weights)
-        sums: Tensor = self._kernels[width](rows, offsets, weights)
-        return sums if width == padded(width) else sums[:, :width]
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Second moments: [num_rows] for rowwise_adagrad, [num_rows, W] for adagrad, nothing for sgd."""
-        if self.optimizer.name == "sgd":
-            return {}
-        states = {}
-        for name, table in self.tables.items():
-            moments = self._kernels[table.width].split_optimizer_states()[0][0].detach()
-            if self.optimizer.name == "adagrad":
-                moments = moments.view(-1, padded(table.width))[:, : table.width]
-            states[name] = moments[self.base[name] : self.base[name] + table.num_rows]
-        return states
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Changes the learning rate of all tables from the next backward on."""
-        for kernel in self._kernels.values():
-            kernel.set_learning_rate(lr)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FbgemmLookup:
-        """Follows `.to(device)`: the kernel is made anew there, and tables and optimizer state are copied."""
-        super()._apply(fn, recurse)
-        device = fn(torch.empty(0, device=self.device)).device
-        if device != self.device:
-            state = self.state_dict()
-            self.device, self._kernels = device, self._made(device)
-            self.load_state_dict(state)
-        return self
 
 
 def padded(width: int) -> int:
@@ -341,6 +251,8 @@ def make_lookup(
         UserError: for an unknown backend, or a table optimizer with the torch backend.
     """
     if backend == "fbgemm":
+        from embtab.fbgemm import FbgemmLookup
+
         return FbgemmLookup(tables, device, optimizer or Optimizer())
     if backend == "torch":
         if optimizer is not None:

@@ -19,7 +19,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.drawing import Unmade
 from embtab.errors import UserError
-from embtab.lookup import FbgemmLookup, slot
+from embtab.fbgemm import FbgemmLookup
+from embtab.lookup import slot
 from embtab.planning import Plan
 from embtab.sharding import checkpoint as folders
 from embtab.sharding.lookup import ShardedLookup
