@@ -125,3 +125,14 @@ def test_two_at_once(place: Place, tmp_path: Path, name: str) -> None:
 def test_a_limit_leaves_the_former_bundle(place: Place, tmp_path: Path) -> None:
     refused(place, "export", tmp_path / "out", limited(1000))
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.slow
+def test_a_compiler_without_room(place: Place, tmp_path: Path) -> None:
+    """All that embtab itself writes fits; what the compiler writes does not."""
+    command, out = COMMANDS["export aoti"], tmp_path / "out"
+    line = said_of(command.argv(place, out), place, limited(1_000_000))
+    assert "the model cannot be compiled: " in line
+    assert "g++ " not in line
+    assert os.listdir(tmp_path) == []
+    assert list(place.temporary.glob(".embtab*")) == []
