@@ -115,9 +115,17 @@ def hidden(path: Path, make: Callable[..., None] = Path.mkdir) -> Iterator[Path]
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder among the system's temporary files, removed at the end; those of killed processes at the start."""
+    """A folder among the system's temporary files, removed at the end; those of killed processes at the start.
+
+    Raises:
+        UserError: when there is no place for temporary files.
+    """
+    try:
+        place = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise UserError(f"temporary files cannot be written ({error.strerror}); set TMPDIR") from error
     while True:
-        clear(Path(tempfile.gettempdir()), "embtab")
+        clear(place, "embtab")
         made = tempfile.TemporaryDirectory(prefix=f".embtab.{os.getpid()}.", suffix=".tmp")
         with made as folder, held(Path(folder), wait=True) as mine:
             if mine:

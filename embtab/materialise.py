@@ -97,7 +97,8 @@ def _state_dict(bundle: Bundle, folder: Path) -> None:
     for space in _spaces(bundle):
         blocks = [torch.from_numpy(vectors) for _, vectors in _blocks(bundle, space)]
         state[f"{space}.weight"] = torch.cat(blocks)
-    torch.save(state, folder / "tables.pt")
+    with (folder / "tables.pt").open("wb") as file:  # given a path, torch does not say why a write failed
+        torch.save(state, file)
 
 
 KINDS: dict[str, Callable[[Bundle, Path], None]] = {

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from embtab.datasets.reader import Batch
 
@@ -40,10 +41,19 @@ def culprit(batch: Batch, dense: Sequence[str], vectors: Mapping[str, Tensor], w
 
 
 def not_finite(state: Mapping[str, Any]) -> str | None:
-    """The first tensor that holds NaN or infinity; those that are spread over processes are not looked at."""
-    plain = {name: value.detach() for name, value in state.items() if type(value) in (Tensor, nn.Parameter)}
-    for name, value in plain.items():
-        # aminmax hands NaN on and, unlike isfinite, takes no memory beside a table.
-        if value.is_floating_point() and value.numel() and not all(map(torch.isfinite, value.aminmax())):
-            return name
+    """The first tensor that holds NaN or infinity; of those that are spread over processes, in this one's part."""
+    for name, value in state.items():
+        for part in _parts(value):
+            # aminmax hands NaN on and, unlike isfinite, takes no memory beside a table.
+            if part.is_floating_point() and part.numel() and not all(map(torch.isfinite, part.aminmax())):
+                return name
     return None
+
+
+def _parts(value: Any) -> list[Tensor]:
+    """The tensors of an entry that lie in this process."""
+    if hasattr(value, "local_shards"):
+        return [shard.tensor.detach() for shard in value.local_shards()]
+    if isinstance(value, DTensor):
+        return [value.to_local().detach()]
+    return [value.detach()] if isinstance(value, Tensor) else []

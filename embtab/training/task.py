@@ -125,7 +125,8 @@ class RankingTask(L.LightningModule):
         Raises:
             UserError: when a table or weight is not finite, so that the last good checkpoint stays.
         """
-        wrong = not_finite(checkpoint.get("state_dict", {}))
+        mine = not_finite(checkpoint.get("state_dict", {}))
+        wrong = next((name for name in gathered([mine]) if name is not None), None)  # all stop, or none does
         if wrong is not None:
             raise UserError(
                 f"{wrong} is not finite after step {self.global_step - 1} (epoch {self.current_epoch}), so the last "

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from chaos import COMMANDS, Place, files, prepared, said_of, start
+from chaos import Place, said_of, start
+from contents import files
+from long_commands import COMMANDS, RESUMED, prepared
 
 FULL = "cannot be written|No space left on device|File too large|runs failed"
 
@@ -46,12 +48,12 @@ def refused(place: Place, name: str, out: Path, before: Callable[[], None] | Non
     command = COMMANDS[name]
     command.before(place, out)
     earlier = files(out) if out.exists() else None
-    line = said_of(command.argv(place, out), place.root, place.temporary, before)
+    line = said_of(command.argv(place, out), place, before)
     assert any(words in line for words in FULL.split("|")), line
-    if name in ("prepare", "export", "import"):
-        assert (files(out) if out.exists() else None) == earlier
+    if name in RESUMED:
+        command.check_left(out, {})
     else:
-        command.sound(out, {})
+        assert (files(out) if out.exists() else None) == earlier
     assert [path for path in out.parent.rglob(".*") if path.name != ".lock"] == []
     assert list(place.temporary.iterdir()) == []
 
@@ -66,8 +68,7 @@ def test_no_file_may_be_large(place: Place, tmp_path: Path, name: str, size: int
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_disk_that_is_full(place: Place, small_disk: Callable[[str], Path], name: str) -> None:
-    # An export has its former output there, a fit its files of plain text: neither is what fills the disk.
-    refused(place, name, small_disk({"export": "size=200k", "compare": "size=4k"}.get(name, "size=20k")) / "out")
+    refused(place, name, small_disk(f"size={COMMANDS[name].room}") / "out")
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_a_disk_that_is_read_only(place: Place, small_disk: Callable[[str], Path
     COMMANDS[name].before(place, out)
     argv, earlier = COMMANDS[name].argv(place, out), files(out.parent)
     subprocess.run(["mount", "-o", "remount,ro", out.parent], check=True)
-    assert "Read-only file system" in said_of(argv, place.root, place.temporary)
+    assert "Read-only file system" in said_of(argv, place)
     assert files(out.parent) == earlier
 
 
@@ -88,7 +89,7 @@ def test_a_file_where_a_folder_should_be(place: Place, tmp_path: Path, name: str
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     (tmp_path / "file").write_text("mine")
     argv = [word.replace(str(tmp_path / "out"), str(tmp_path / "file" / "out")) for word in argv]
-    line = said_of(argv, place.root, place.temporary)
+    line = said_of(argv, place)
     assert str(tmp_path / "file") in line
     assert "Not a directory" in line
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "mine"}
@@ -102,7 +103,7 @@ def test_two_at_once(place: Place, tmp_path: Path, name: str) -> None:
     command.before(place, whole)
     first = start(place, command.argv(place, whole), tmp_path)
     first.join()
-    for attempt in range(3):
+    for attempt in range(command.races):
         out, folders = tmp_path / f"out{attempt}", [tmp_path / f"{attempt}-{i}" for i in range(2)]
         command.before(place, out)
         argv = command.argv(place, out)
@@ -124,3 +125,14 @@ def test_two_at_once(place: Place, tmp_path: Path, name: str) -> None:
 def test_a_limit_leaves_the_former_bundle(place: Place, tmp_path: Path) -> None:
     refused(place, "export", tmp_path / "out", limited(1000))
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.slow
+def test_a_compiler_without_room(place: Place, tmp_path: Path) -> None:
+    """All that embtab itself writes fits; what the compiler writes does not."""
+    command, out = COMMANDS["export aoti"], tmp_path / "out"
+    line = said_of(command.argv(place, out), place, limited(1_000_000))
+    assert "the model cannot be compiled: " in line
+    assert "g++ " not in line
+    assert os.listdir(tmp_path) == []
+    assert list(place.temporary.glob(".embtab*")) == []

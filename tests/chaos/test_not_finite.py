@@ -6,7 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chaos import COMMANDS, Place, last_of, prepared, said_of
+from chaos import Place, said_of
+from contents import last_of
+from long_commands import COMMANDS, prepared
 
 from embtab.training.checkpoint import read_checkpoint
 from embtab.training.culprit import not_finite
@@ -36,7 +38,7 @@ def spoilt(place: Place, column: str, value: float, row: int) -> Place:
 
 
 def stops(place: Place, name: str, out: Path, *more: str) -> str:
-    return said_of([*COMMANDS[name].argv(place, out), *more], place.root, place.temporary)
+    return said_of([*COMMANDS[name].argv(place, out), *more], place)
 
 
 def kept(out: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import embtab as et
 from embtab.datasets.schema import Categorical, Dataset, describe_files, open_writer
+from embtab.errors import UserError
 
 GROUPS = [[7, 64, 100], [1], [90, 33, 41]]  # row groups of the training files; 5.25 batches of 64
 ROWS = sum(map(sum, GROUPS))
@@ -114,3 +116,15 @@ def run(rank: int, world_size: int, port: int, folder: str, runs: list[dict[str,
         options |= {"strategy": made, "world_size": world_size}
         seen = train(Path(folder), **options)
         torch.save((seen.rows, seen.losses), Path(folder) / f"{settings['name']}-seen{rank}.pt")
+
+
+def spoil(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Trains a little and writes a checkpoint; then NaN gets into what rank 1 holds of a table, and another is due."""
+    enter(rank, world_size, port)
+    seen = train(Path(folder), "spoilt", "sgd", strategy("row_wise"), world_size, steps=STOP)
+    name, table = next(each for each in seen.state_dict().items() if hasattr(each[1], "local_shards"))
+    if rank == 1:
+        table.local_shards()[0].tensor[-1, -1] = float("nan")
+    with pytest.raises(UserError, match="so the last checkpoint stays") as refused:
+        seen.trainer.save_checkpoint(Path(folder) / "spoilt-end.ckpt")
+    torch.save((name, str(refused.value)), Path(folder) / f"spoilt-said{rank}.pt")

@@ -357,6 +357,12 @@ def refusals(rank: int, world_size: int, port: int, folder: str) -> None:
     if rank == 0:
         et.METHODS["cafe"].adapt = lambda *_: 1 // 0
     attempt("adapt", lambda: broken.adapt(2))
+    task = et.RankingTask(broken, torch.nn.Identity())
+    spoilt, table = next(each for each in task.state_dict().items() if hasattr(each[1], "local_shards"))
+    if rank == 1:
+        table.local_shards()[0].tensor[-1, -1] = float("nan")
+    attempt("spoilt", lambda: task.on_save_checkpoint({"state_dict": task.state_dict()}))
+    seen["spoilt"] = seen["spoilt"].replace(spoilt, "it")
     outer = et.EmbeddingBagCollection(ALL[0].plan(), backend="torch")
     attempt("torch", lambda: shard(outer, "auto", torch.device("cpu")))
     target = Path(folder) / "whole"

@@ -8,7 +8,8 @@ import pytest
 import sharded
 import torch
 
-from embtab.training.checkpoint import load_tables
+from embtab.training.checkpoint import load_tables, read_checkpoint
+from embtab.training.culprit import not_finite
 
 pytestmark = pytest.mark.distributed
 
@@ -110,3 +111,12 @@ def test_any_number_of_processes_goes_on(folder, tmp_path, monkeypatch, before, 
         return
     made = [bundle(folder / f"{each}-end.ckpt", tmp_path / each, monkeypatch, "fp32") for each in ("sgd", name)]
     assert made[0] == made[1]
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_process_is_refused_by_all(folder):
+    sharded.spawn(epochs.spoil, 2, str(folder))
+    for rank in (0, 1):
+        name, said = torch.load(folder / f"spoilt-said{rank}.pt", weights_only=True)
+        assert said.startswith(f"{name} is not finite after step {epochs.STOP - 1} ")
+    assert not_finite(read_checkpoint(folder / "spoilt-end.ckpt")["state_dict"]) is None

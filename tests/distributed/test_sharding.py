@@ -74,6 +74,7 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path):
         assert "ZeroDivisionError" in seen["first"]
         assert "column_wise cuts rows" in seen["columns"]
         assert "ZeroDivisionError" in seen["adapt"]
+        assert seen["spoilt"].startswith("it is not finite after step")
         assert 'use backend="fbgemm"' in seen["torch"]
         for plan in ("row_wise", "table_wise", "column_wise", "data_parallel"):
             assert seen[f"drawn {plan}"], f"{plan}: other first values than in one piece"
