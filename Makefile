@@ -13,7 +13,7 @@ else
 FBGEMM := ./packaging/fbgemm-gpu-cpu
 endif
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test lint docs demo clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,17 @@ lint: $(STAMP)
 	@ln -s $(CURDIR)/models .typecheck/embtab/models
 	@ln -s $(CURDIR)/datasets .typecheck/embtab/datasets
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p embtab
+
+# What a program imports: the command line, and what only it uses, have no page. Packages with __all__ are named file by
+# file. Warnings are errors, but for those of the libraries that are imported on the way.
+PAGES := $(wildcard embtab/[a-z]*.py embtab/methods/[a-z]*.py embtab/learned/[a-z]*.py models/[a-z]*.py)
+PAGES := $(filter-out embtab/cli.py,$(PAGES:models/%=embtab/models/%))
+
+docs: $(STAMP)
+	@rm -rf build/docs
+	$(BIN)/python -W error -W ignore::DeprecationWarning -W ignore::FutureWarning -m pdoc -d google -t docs/api \
+	    -o build/docs embtab embtab.methods embtab.models embtab.datasets embtab.training embtab.sharding embtab.learned \
+	    embtab.serving $(subst /,.,$(PAGES:.py=))
 
 demo: $(STAMP)
 	$(BIN)/embtab prepare synthetic --out data/demo --rows 200000 --scale 0.002 --seed 0 --if-absent

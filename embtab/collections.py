@@ -1,6 +1,6 @@
 """Embedding collections: a KeyedJaggedTensor of ids in, vectors out; drop-in for the torchrec classes of these names.
 
-The one path from ids to vectors:
+The one path, from ids to vectors:
 
     ids [N] --rows()--> rows [N, K] --lookup--> parts [N, K, W] --combine()--> vectors [N, D] --pool()--> output [B, D]
 
@@ -50,7 +50,7 @@ class Asked:
     requests: list[Request]
 
 
-class _Collection(nn.Module):
+class Collection(nn.Module):
     """What both collections share: the plan, the lookup backend and the blocks of features."""
 
     def __init__(
@@ -179,7 +179,7 @@ class _Collection(nn.Module):
         return ", ".join(sorted({encoding.method for encoding in self.plan.encodings.values()}))
 
 
-class EmbeddingBagCollection(_Collection):
+class EmbeddingBagCollection(Collection):
     """Pooled vectors: KeyedJaggedTensor -> KeyedTensor with one vector of `plan.dim` per feature, in plan order.
 
     Bags may hold any number of ids, repeated or none at all (a zero vector). Weights of the KeyedJaggedTensor multiply
@@ -266,7 +266,7 @@ class EmbeddingBagCollection(_Collection):
         ]
 
 
-class EmbeddingCollection(_Collection):
+class EmbeddingCollection(Collection):
     """A vector per id: KeyedJaggedTensor -> dict of JaggedTensor with values [N, D] and the ids' own lengths.
 
     Takes the same arguments as `EmbeddingBagCollection`; pooling of the features is left to the model.

@@ -180,9 +180,9 @@ def plan(
 
     Args:
         features: the model's categorical features.
-        method: a name from `METHODS`; {"name": "qr", "op": "sum"} to set options, among them "precision"; or a map
-            from feature names (or id spaces) to either, with "*" for the rest: {"C1": "dense", "*": "qr"}; or "auto",
-            see embtab/auto.py.
+        method: a name from `METHODS`; `{"name": "qr", "op": "sum"}` to set options, among them "precision"; or a map
+            from feature names (or id spaces) to either, with `"*"` for the rest: `{"C1": "dense", "*": "qr"}`; or
+            "auto", see `embtab.auto`.
         budget: serving bytes: 8_000_000, "8MB", "8MiB", "0.1x" (of the dense tables); None for no limit.
         dim: D, the width of every vector.
         seed: changes every hash.
