@@ -28,8 +28,8 @@ import numpy as np
 from embtab.features import Feature
 from embtab.methods.base import Spec
 
-PRECISIONS = ("int4", "int8", "fp32")
-"""What is chosen from, coarse to fine."""
+COARSE_TO_FINE = ("int4", "int8", "fp32")
+"""The precisions that are chosen from."""
 SMALL = 0.1
 """Share of the budget that features too small to compress may take."""
 EVEN = 0.25
@@ -49,8 +49,8 @@ def choices(spaces: Sequence[Feature], limit: int | None, dim: int, precision: s
         precision: the only one to use; None to choose.
     """
     if limit is None:
-        return [_all(spaces, "dense", precision or PRECISIONS[-1])]
-    specs = [Spec(dim, precision=name) for name in (PRECISIONS if precision is None else (precision,))]
+        return [_all(spaces, "dense", precision or COARSE_TO_FINE[-1])]
+    specs = [Spec(dim, precision=name) for name in (COARSE_TO_FINE if precision is None else (precision,))]
     coarse = specs[0]
     if coarse.dense_bytes_of(spaces) <= limit:
         return [_dense(spaces, limit, specs)]
