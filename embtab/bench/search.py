@@ -25,6 +25,7 @@ from embtab.features import Feature
 from embtab.models.dare import DARE
 from embtab.models.events import Events, top_events
 from embtab.planning import plan
+from embtab.plotting import pyplot, save_figure
 
 if TYPE_CHECKING:
     from embtab.bench.run import Settings
@@ -98,14 +99,9 @@ def plot_search(results: Sequence[Result], path: Path) -> None:
     Raises:
         UserError: where matplotlib is not installed.
     """
-    try:
-        import matplotlib
+    plt = pyplot()
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.ticker import LogLocator, NullFormatter
-    except ImportError:
-        raise UserError("a plot needs matplotlib; install it with: pip install 'embtab[plot]'") from None
     totals = [r for r in results if r.what == "search" and r.phase == "search"]
     first = totals[0]
     totals = [r for r in totals if (r.batch, r.skew) == (first.batch, first.skew)]
@@ -130,5 +126,4 @@ def plot_search(results: Sequence[Result], path: Path) -> None:
     for panel in (by_length, by_dim):
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
