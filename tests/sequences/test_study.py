@@ -141,6 +141,16 @@ def test_mistakes_are_named(planted, tmp_path, more, message):
         study(planted, tmp_path, **more)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("arms: [", "cannot be read as YAML"), ("- arms", "expected keys such as")]
+)
+def test_files_that_are_no_study_are_named(tmp_path, text, message):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"study\.yaml: {message}"):
+        read_study(file)
+
+
 def test_nothing_is_left_behind_by_a_study_that_makes_no_sense(planted, tmp_path):
     out = tmp_path / "report"
     for more in ({"methods": ["hush"], "budgets": ["0.1x"]}, {"leave_out": ["x"]}, {"methods": ["hash"]}):
