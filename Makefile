@@ -13,7 +13,7 @@ else
 FBGEMM := ./packaging/fbgemm-gpu-cpu
 endif
 
-.PHONY: setup test lint docs demo clean
+.PHONY: setup test coverage lint docs demo clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,13 @@ $(STAMP): pyproject.toml packaging/fbgemm-gpu-cpu/pyproject.toml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Lines of embtab that no test of the default suite runs, processes that tests start included.
+coverage: $(STAMP)
+	@rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered --sort=cover --show-missing
 
 # models/ and datasets/ live inside the embtab namespace only once installed; a tree of links shows mypy the same.
 lint: $(STAMP)
