@@ -87,7 +87,7 @@ def test_a_study_resumes_where_it_was_left_and_reports_its_means(planted, tmp_pa
     monkeypatch.setattr(run, "_trained", stopping)
     with pytest.raises(SystemExit):
         cli.main(["compare", "--config", str(config), "--out", str(out)])
-    assert len(run.read_rows(out / "results.csv")) == 3 + 6  # and what is infeasible
+    assert len(run.read_results(out / "results.csv")) == 3 + 6  # and what is infeasible
     cli.main(["compare", "--config", str(config), "--out", str(out)])
     assert trained == [(name, seed) for seed in (0, 1) for name in ARMS][:4] + [
         (name, 1) for name in ARMS
@@ -105,7 +105,7 @@ def test_a_study_resumes_where_it_was_left_and_reports_its_means(planted, tmp_pa
     assert "infeasible" in shown
     assert (out / "report.md").read_text() in shown
     assert (out / "auc.png").read_bytes()[:4] == b"\x89PNG"
-    drawn = points(list(run.read_rows(out / "results.csv").values()))
+    drawn = points(list(run.read_results(out / "results.csv").values()))
     assert list(drawn) == [("dense", name) for name in ARMS]
     assert drawn["dense", "dare"] == [(int(ok[2]["nbytes"]), interval.mean, interval.high - interval.mean)]
 
