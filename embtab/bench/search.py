@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab.bench.report import Result, result
+from embtab.bench.settings import Settings
 from embtab.bench.timing import Arm, Stopwatch, Times, alternate
 from embtab.bench.workload import Case, draw
 from embtab.collections import EmbeddingCollection
@@ -26,9 +26,6 @@ from embtab.models.dare import DARE
 from embtab.models.events import Events, top_events
 from embtab.planning import plan
 from embtab.plotting import pyplot, save_figure
-
-if TYPE_CHECKING:
-    from embtab.bench.run import Settings
 
 ITEMS = 200_000
 TOP_K = 20
