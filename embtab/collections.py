@@ -24,7 +24,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from embtab.blocks import Arrays, Block, bases_of, make_blocks
 from embtab.cut import Cut
-from embtab.drawing import Draw, Unmade, generator
+from embtab.drawing import Draw, generator
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import seed_of
@@ -32,6 +32,7 @@ from embtab.lookup import Lookup, Optimizer, Request, StackedLookup, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
+from embtab.unmade import Unmade
 from embtab.ways import PerDistinctId, Way, once, ways_of
 
 

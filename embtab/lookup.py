@@ -16,20 +16,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embtab.drawing import Draw
 from embtab.errors import UserError
 from embtab.methods import Encoding, Table
 from embtab.methods.base import LiveTable
 from embtab.state import NamedState
-
-if TYPE_CHECKING:
-    from embtab.drawing import Draw
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
 
