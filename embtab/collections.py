@@ -68,7 +68,7 @@ class Collection(nn.Module):
         device = "cpu" if later else device
         self.lookup: Lookup = Unmade(tables, optimizer) if later else make_lookup(tables, backend, device, optimizer)
         self.arrays = Arrays(plan.encodings, device)
-        self.blocks = nn.ModuleList(make_blocks(plan, self.lookup.base, self.arrays)).to(device)
+        self.blocks = nn.ModuleList(make_blocks(plan, self.lookup, self.arrays)).to(device)
         self.names = [feature.name for feature in plan.features]
         self.has_mean = any(feature.pooling == "mean" for feature in plan.features)
         means = torch.tensor([feature.pooling == "mean" for feature in plan.features], device=device)
