@@ -13,7 +13,7 @@ else
 FBGEMM := ./packaging/fbgemm-gpu-cpu
 endif
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test coverage lint docs demo clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,13 @@ $(STAMP): pyproject.toml packaging/fbgemm-gpu-cpu/pyproject.toml
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# Lines of embtab that no test of the default suite runs, processes that tests start included.
+coverage: $(STAMP)
+	@rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered --sort=cover --show-missing
+
 # models/ and datasets/ live inside the embtab namespace only once installed; a tree of links shows mypy the same.
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -35,6 +42,17 @@ lint: $(STAMP)
 	@ln -s $(CURDIR)/models .typecheck/embtab/models
 	@ln -s $(CURDIR)/datasets .typecheck/embtab/datasets
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p embtab
+
+# What a program imports: the command line, and what only it uses, have no page. Packages with __all__ are named file by
+# file. Warnings are errors, but for those of the libraries that are imported on the way.
+PAGES := $(wildcard embtab/[a-z]*.py embtab/methods/[a-z]*.py embtab/learned/[a-z]*.py models/[a-z]*.py)
+PAGES := $(filter-out embtab/cli.py,$(PAGES:models/%=embtab/models/%))
+
+docs: $(STAMP)
+	@rm -rf build/docs
+	$(BIN)/python -W error -W ignore::DeprecationWarning -W ignore::FutureWarning -m pdoc -d google -t docs/api \
+	    -o build/docs embtab embtab.methods embtab.models embtab.datasets embtab.training embtab.sharding embtab.learned \
+	    embtab.serving $(subst /,.,$(PAGES:.py=))
 
 demo: $(STAMP)
 	$(BIN)/embtab prepare synthetic --out data/demo --rows 200000 --scale 0.002 --seed 0 --if-absent

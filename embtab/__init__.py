@@ -1,4 +1,31 @@
-"""Embedding tables that fit a byte budget: plan, train, compare and hand over."""
+"""Embedding tables that fit a byte budget: plan, train, compare and hand over.
+
+```python
+import embtab as et
+from embtab.reader import Bundle
+
+features = [et.Feature("user", 6040), et.Feature("film", 3706, pooling="mean")]
+plan = et.plan(features, method="unified", budget="200kB", dim=16)
+tables = et.EmbeddingBagCollection(plan)  # to train, inside any model
+
+et.save(tables, "bundle")
+bundle = Bundle("bundle")  # reads with NumPy alone
+vectors = bundle.lookup("user", [3, 14, 15])
+```
+
+The names of this page are what most programs need. What lies behind them:
+
+- `embtab.methods`: a file for each method: its paper, its equations, and what differs from the paper.
+- `embtab.models`: AutoInt, DIN, DARE and MeanPool, which receive embeddings and know nothing of tables.
+- `embtab.datasets`: raw files to a dataset folder, and its batches.
+- `embtab.training`: Lightning's task, data, metrics and checkpoints.
+- `embtab.sharding`: tables spread over processes.
+- `embtab.learned`: tables that learn their own shape, as `embtab search` does.
+- `embtab.bundle`, `embtab.reader`: tables as files, and how NumPy alone decodes them.
+- `embtab.importing`: dense tables of any origin, into a plan.
+- `embtab.delta`, `embtab.materialise`, `embtab.serving`: bundles as differences, as plain vectors, as programs.
+- `embtab.errors`: what may be raised.
+"""
 
 from __future__ import annotations
 

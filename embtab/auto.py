@@ -30,8 +30,8 @@ import numpy as np
 from embtab.features import Feature
 from embtab.methods.base import Spec
 
-PRECISIONS = ("int4", "int8", "fp32")
-"""What is chosen from, coarse to fine."""
+COARSE_TO_FINE = ("int4", "int8", "fp32")
+"""The precisions that are chosen from."""
 SMALL = 0.1
 """Share of the budget that features too small to compress may take."""
 EVEN = 0.25
@@ -52,9 +52,9 @@ def choices(spaces: Sequence[Feature], limit: int | None, dim: int, precision: s
     """
     hashed = [space for space in spaces if space.hashed]
     if limit is None:
-        finest = precision or PRECISIONS[-1]
+        finest = precision or COARSE_TO_FINE[-1]
         return [_all(spaces, "dense", finest) | _all(hashed, "unified", finest)]
-    specs = [Spec(dim, precision=name) for name in (PRECISIONS if precision is None else (precision,))]
+    specs = [Spec(dim, precision=name) for name in (COARSE_TO_FINE if precision is None else (precision,))]
     coarse = specs[0]
     if not hashed and coarse.dense_bytes_of(spaces) <= limit:
         return [_dense(spaces, limit, specs)]

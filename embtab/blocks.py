@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from embtab.cut import Cut
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.lookup import Request, slot
+from embtab.lookup import Lookup, Request, slot
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.state import NamedState
@@ -69,6 +69,7 @@ class Block(nn.Module):
         widths: the widths of the K parts.
         bases: int64 [F, K], the offset of each part's table in the lookup's matrix.
         arrays: the arrays of all encodings.
+        everyones: the ids that an adaptive encoding takes note of, from those of a batch; see `Lookup.everyones`.
     """
 
     def __init__(
@@ -79,10 +80,11 @@ class Block(nn.Module):
         widths: Sequence[int],
         bases: Tensor,
         arrays: Arrays,
+        everyones: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
         self.all_arrays = [arrays]  # in a list, so that they stay the collection's
-        self.everyones: Callable[[Tensor], Tensor] = _own  # see Lookup.everyones
+        self.everyones = everyones
         self.places, self.features = list(places), list(features)
         self.encoding = encodings[0]
         self.compute: Callable[[Tensor, Mapping[str, Tensor]], Tensor] = self.encoding.rows
@@ -242,7 +244,7 @@ def _compiled(method: type[Encoding]) -> Callable[[Tensor, Mapping[str, Tensor]]
     return torch.compile(method.rows, dynamic=True)
 
 
-def make_blocks(plan: Plan, base: Mapping[str, int], arrays: Arrays) -> list[Block]:
+def make_blocks(plan: Plan, lookup: Lookup, arrays: Arrays) -> list[Block]:
     """Groups the plan's features into blocks, keeping their order within each."""
     grouped: dict[tuple, list[int]] = {}
     for place, feature in enumerate(plan.features):
@@ -255,7 +257,8 @@ def make_blocks(plan: Plan, base: Mapping[str, int], arrays: Arrays) -> list[Blo
     for (_, _, widths, _, _), places in grouped.items():
         members = [plan.features[place] for place in places]
         encodings = [plan.encodings[member.space] for member in members]
-        blocks.append(Block(places, members, encodings, widths, bases_of(plan, members, base), arrays))
+        bases = bases_of(plan, members, lookup.base)
+        blocks.append(Block(places, members, encodings, widths, bases, arrays, lookup.everyones))
     return blocks
 
 
@@ -263,10 +266,6 @@ def bases_of(plan: Plan, features: Sequence[Feature], base: Mapping[str, int]) -
     """int64 [F, K]: the offset of the table of every part."""
     encodings = [plan.encodings[feature.space] for feature in features]
     return torch.tensor([[base[name] for name in encoding.tables] for encoding in encodings], dtype=torch.int64)
-
-
-def _own(ids: Tensor) -> Tensor:
-    return ids
 
 
 def per_bag(stacked: Tensor, stride: int) -> Tensor:

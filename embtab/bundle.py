@@ -23,7 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab import __version__, card, files, golden
 from embtab.bundle_files import FORMAT, VERSION, open_tensors, tensor_specs
-from embtab.collections import EmbeddingBagCollection, _Collection
+from embtab.collections import Collection, EmbeddingBagCollection
 from embtab.errors import UserError
 from embtab.methods import PRECISIONS, Table
 from embtab.planning import Plan
@@ -36,12 +36,12 @@ PROGRAM = "tables.onnx"
 MAX_FILE_BYTES = 2_000_000_000
 _LARGEST_FP16 = 65504.0
 
-C = TypeVar("C", bound=_Collection)
+C = TypeVar("C", bound=Collection)
 
 
 @torch.no_grad()
 def save(
-    tables: _Collection,
+    tables: Collection,
     path: str | Path,
     *,
     vocab: Vocabulary | None = None,
@@ -165,7 +165,7 @@ def refuse_beyond(what: str, rows: Tensor, largest: float) -> None:
         )
 
 
-def _write_tables(tables: _Collection, plan: Plan, folder: Path, max_file_bytes: int) -> dict[str, str]:
+def _write_tables(tables: Collection, plan: Plan, folder: Path, max_file_bytes: int) -> dict[str, str]:
     """The file of each tensor. Tables are written in order, as many to a file as fit."""
     groups: list[list[str]] = [[]]
     filled = 0
@@ -192,7 +192,7 @@ def _write_tables(tables: _Collection, plan: Plan, folder: Path, max_file_bytes:
 
 
 def _write_golden(
-    tables: _Collection, described: Mapping[str, Any], folder: Path, tensors: Mapping[str, Any]
+    tables: Collection, described: Mapping[str, Any], folder: Path, tensors: Mapping[str, Any]
 ) -> dict[str, float]:
     """Writes the golden set and gives its tolerance. The vectors are the reader's, from the rows as they were stored.
 
@@ -235,7 +235,7 @@ def _write_program(folder: Path, about: dict[str, Any]) -> None:
     about["programs"] = {"onnx": PROGRAM}
 
 
-def torch_answers(tables: _Collection) -> golden.Answer:
+def torch_answers(tables: Collection) -> golden.Answer:
     """What a collection gives for golden ids and bags, one feature at a time."""
     names = [feature.name for feature in tables.plan.features]
 

@@ -1,6 +1,6 @@
 """Embedding collections: a KeyedJaggedTensor of ids in, vectors out; drop-in for the torchrec classes of these names.
 
-The one path from ids to vectors:
+The one path, from ids to vectors:
 
     ids [N] --rows()--> rows [N, K] --lookup--> parts [N, K, W] --combine()--> vectors [N, D] --pool()--> output [B, D]
 
@@ -26,7 +26,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from embtab.blocks import Arrays, Block, bases_of, make_blocks
 from embtab.cut import Cut
-from embtab.drawing import Draw, Unmade, generator
+from embtab.drawing import Draw, generator
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import seed_of
@@ -34,6 +34,7 @@ from embtab.lookup import Lookup, Optimizer, Request, StackedLookup, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
+from embtab.unmade import Unmade
 from embtab.ways import PerDistinctId, Way, once, ways_of
 
 
@@ -52,7 +53,7 @@ class Asked:
     requests: list[Request]
 
 
-class _Collection(nn.Module):
+class Collection(nn.Module):
     """What both collections share: the plan, the lookup backend and the blocks of features."""
 
     def __init__(
@@ -69,7 +70,7 @@ class _Collection(nn.Module):
         device = "cpu" if later else device
         self.lookup: Lookup = Unmade(tables, optimizer) if later else make_lookup(tables, backend, device, optimizer)
         self.arrays = Arrays(plan.encodings, device)
-        self.blocks = nn.ModuleList(make_blocks(plan, self.lookup.base, self.arrays)).to(device)
+        self.blocks = nn.ModuleList(make_blocks(plan, self.lookup, self.arrays)).to(device)
         self.names = [feature.name for feature in plan.features]
         self.has_mean = any(feature.pooling == "mean" for feature in plan.features)
         means = torch.tensor([feature.pooling == "mean" for feature in plan.features], device=device)
@@ -187,7 +188,7 @@ class _Collection(nn.Module):
         return ", ".join(sorted({encoding.method for encoding in self.plan.encodings.values()}))
 
 
-class EmbeddingBagCollection(_Collection):
+class EmbeddingBagCollection(Collection):
     """Pooled vectors: KeyedJaggedTensor -> KeyedTensor with one vector of `plan.dim` per feature, in plan order.
 
     Bags may hold any number of ids, repeated or none at all (a zero vector). Weights of the KeyedJaggedTensor multiply
@@ -274,7 +275,7 @@ class EmbeddingBagCollection(_Collection):
         ]
 
 
-class EmbeddingCollection(_Collection):
+class EmbeddingCollection(Collection):
     """A vector per id: KeyedJaggedTensor -> dict of JaggedTensor with values [N, D] and the ids' own lengths.
 
     Takes the same arguments as `EmbeddingBagCollection`; pooling of the features is left to the model.

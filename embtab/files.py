@@ -16,6 +16,12 @@ from pathlib import Path
 from embtab.errors import UserError, of_a_full_disk
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content` in one step; a crash leaves the old file or the new one."""
+    with replaced_file(path) as beside:
+        beside.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` in one step; a crash leaves the old file or the new one."""
     with replaced_file(path) as beside:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from embtab.bundle_files import map_tensors
-from embtab.collections import EmbeddingBagCollection, _Collection
+from embtab.collections import Collection, EmbeddingBagCollection
 from embtab.errors import DataError, UserError
 from embtab.features import Feature, id_spaces, read_features
 from embtab.fitting import CHUNK, Target, fit
@@ -73,7 +73,7 @@ def from_dense(weights: Dense, plan: Plan, backend: str = "torch") -> EmbeddingB
     return other
 
 
-def _target(tables: _Collection, space: str, dense: Tensor, counts: np.ndarray | None) -> Target:
+def _target(tables: Collection, space: str, dense: Tensor, counts: np.ndarray | None) -> Target:
     encoding = tables.plan.encodings[space]
     widths = tuple(tables.plan.tables[name].width for name in encoding.tables)
     return Target(encoding, dense, _weights_of(counts, len(dense)), tables.arrays.of(space), widths)
@@ -122,7 +122,7 @@ def _by_space(weights: Dense, plan: Plan) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def reconstruction_errors(
-    tables: _Collection, weights: Dense, counts: Mapping[str, np.ndarray | None]
+    tables: Collection, weights: Dense, counts: Mapping[str, np.ndarray | None]
 ) -> dict[str, float]:
     """By id space, the root of the weighted mean square of what is lost, relative to that of the dense vectors.
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from embtab import __version__, golden
 from embtab.bundle import save
-from embtab.collections import _Collection
+from embtab.collections import Collection
 from embtab.delta import CHANGES, FORMAT, VERSION, changes, described
 from embtab.errors import UserError
 from embtab.files import hidden, new_folder
@@ -21,7 +21,7 @@ from embtab.signed import write_signed
 
 
 def save_delta(
-    tables: _Collection,
+    tables: Collection,
     path: str | Path,
     since: Sequence[str | Path],
     *,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from laws import CASES, EXTREMES, FEATURES, Case, adapted, single_ids
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 import embtab as et
 from embtab import golden
 from embtab.bundle import torch_answers
+from embtab.datasets import criteo
 from embtab.errors import UserError
 from embtab.quantise import served
 from embtab.reader import Bundle
@@ -120,6 +122,21 @@ def test_sequences_are_saved_and_loaded(tmp_path: Path) -> None:
         Bundle(tmp_path / "b").lookup("seen", np.arange(4), np.array([0, 4]))
 
 
+def test_the_vocabularies_of_a_dataset_travel_along(tmp_path: Path) -> None:
+    lines = ("\t".join(["1", *["2"] * 13, *(f"{i % (3 + c):x}" for c in range(26))]) for i in range(200))
+    (tmp_path / "raw.txt").write_text("".join(f"{line}\n" for line in lines))
+    criteo.prepare([tmp_path / "raw.txt"], tmp_path / "data", min_count=1)
+    tables = et.EmbeddingBagCollection(et.plan(et.read_features(tmp_path / "data")), backend="torch")
+    et.save(tables, tmp_path / "b", vocab=tmp_path / "data")
+    opened = Bundle(tmp_path / "b")
+    for feature in ("C1", "C26"):
+        other, *values = pq.read_table(tmp_path / "data" / "vocab" / f"{feature}.parquet")["value"].to_pylist()
+        assert other is None
+        np.testing.assert_array_equal(opened.raw_ids(feature, values), np.arange(1, len(values) + 1))
+        assert opened.raw_ids(feature, ["not there"]) == [0]
+    assert len(values) == 28
+
+
 def test_a_vocabulary_travels_along(tmp_path: Path) -> None:
     plan = et.plan([et.Feature("shop", 4), et.Feature("user", 3)])
     tables = et.EmbeddingBagCollection(plan, backend="torch")
@@ -128,7 +145,7 @@ def test_a_vocabulary_travels_along(tmp_path: Path) -> None:
     np.testing.assert_array_equal(opened.raw_ids("shop", ["a", "?", "Zürich", ""]), [3, 0, 1, 2])
     with pytest.raises(KeyError, match="user"):
         opened.raw_ids("user", ["a"])
-    for wrong in ({"shop": ["a"]}, {"shop": ["a", "b", "c", "a"]}, {"nothing": ["a"]}):
+    for wrong in ({"shop": ["a"]}, tmp_path / "nowhere", {"shop": ["a", "b", "c", "a"]}, {"nothing": ["a"]}):
         with pytest.raises(UserError, match="vocab"):
             et.save(tables, tmp_path / "c", vocab=wrong)
     assert not (tmp_path / "c").exists()

@@ -58,6 +58,18 @@ def test_plan_shows_the_budget(data: Path, capsys: pytest.CaptureFixture[str]) -
     assert "smaller than dense" in capsys.readouterr().out
 
 
+def test_options_may_be_truth_values(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(data), "--method", "lowrank", "--option", "bias=true", "--budget", "0.5x", "--dim", "8"])
+    assert "lowrank" in capsys.readouterr().out
+    assert "bias must be bool" in fails(["plan", str(data), "--method", "lowrank", "--option", "bias=yes"], capsys)
+
+
+def test_plan_shows_how_devices_would_hold_the_tables(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(data), "--budget", "0.5x", "--method", "hash", "--shards", "2"])
+    printed = capsys.readouterr().out
+    assert "device 1" in printed
+
+
 def test_check_data_is_silent_on_good_data_and_exits_2_on_bad(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,8 +102,18 @@ def test_prepare_if_absent_leaves_what_is_there(data: Path, capsys: pytest.Captu
         (["plan", "DATA", "--method", "qr", "--option", "size=3"], "has no option 'size'"),
         (["plan", "DATA", "--budget", "100 kB"], "its smallest form needs"),
         (["plan", "DATA", "--dim", "x"], "invalid int value: 'x'"),
+        (["plan", "DATA", "--shards", "0"], "--shards must be at least 1"),
+        (["plan", "DATA", "--shards", "2", "--hbm", "1kB"], "the fullest device would hold"),
+        (["plan", "DATA", "--shards", "2", "--sharding", "by_luck"], "by_luck"),
         (["plan", "nowhere"], "nowhere: not a prepared dataset"),
         (["compare", "--config", "nowhere.yaml", "--out", "OUT"], "nowhere.yaml: cannot be read"),
+        (["compare", "--config", "x.yaml", "--out", "OUT", "--jobs", "0"], "--jobs must be at least 1"),
+        (["compare", "--config", "x.yaml", "--out", "OUT", "--seeds", "0,b"], "write whole numbers"),
+        (["search", "--config", "x.yaml", "--out", "OUT", "--seeds", "0,b"], "write whole numbers"),
+        (["bench", "--rounds", "0"], "must be above zero"),
+        (["bench", "--device", "tpu"], "--device tpu: not here"),
+        (["bench", "--skew", "flat"], "--skew must be zipf or uniform"),
+        (["import", "nowhere.npy", "--out", "OUT"], "nowhere.npy: no such file"),
         (["prepare", "criteo", "nowhere.txt", "--out", "OUT"], "nowhere.txt"),
         (["prepare", "movielens", "nowhere", "--out", "OUT"], "nowhere"),
         (["prepare", "frappe", "nowhere", "--out", "OUT"], "nowhere"),

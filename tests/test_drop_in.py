@@ -108,6 +108,11 @@ def test_any_torch_optimizer_trains_the_torch_backend() -> None:
             "torch backend has no optimizer",
         ),
         (lambda plan: et.Optimizer("adam"), "must be one of sgd, adagrad, rowwise_adagrad"),
+        (lambda plan: et.Optimizer(lr=-1.0), "lr must be zero or more, got -1.0"),
+        (
+            lambda plan: et.EmbeddingBagCollection(plan, backend="torch").set_learning_rate(0.1),
+            "torch backend has no optimizer",
+        ),
         (
             lambda plan: et.EmbeddingBagCollection(et.plan([et.Feature("h", 3, "none")])),
             "feature 'h' has pooling 'none'; use EmbeddingCollection",
@@ -123,6 +128,38 @@ def test_any_torch_optimizer_trains_the_torch_backend() -> None:
 def test_mistakes_are_named(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(et.plan(FEATURES))
+
+
+def test_the_learning_rate_of_fused_tables_can_change() -> None:
+    tables = et.EmbeddingBagCollection(et.plan(FEATURES), optimizer=et.Optimizer("sgd", lr=0.1))
+
+    def moved() -> bool:
+        before = {name: tensor.clone() for name, tensor in tables.state_dict().items()}
+        tables(batch_of(64, 0)[1]).values().square().sum().backward()
+        return any(not torch.equal(before[name], tensor) for name, tensor in tables.state_dict().items())
+
+    assert moved()
+    tables.set_learning_rate(0.0)
+    assert not moved()
+    tables.set_learning_rate(0.1)
+    assert moved()
+
+
+def test_a_state_of_other_tables_is_refused_by_name() -> None:
+    tables = et.EmbeddingBagCollection(et.plan(FEATURES), backend="torch")
+    state = tables.state_dict()
+    name = next(key for key in state if key.startswith("lookup."))
+    with pytest.raises(RuntimeError, match=rf"{name}: saved shape \(1, 2\)"):
+        tables.load_state_dict(state | {name: torch.zeros(1, 2)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*lookup\.other"):
+        tables.load_state_dict(state | {"lookup.other": torch.zeros(1, 2)})
+
+
+def test_collections_describe_their_logical_tables() -> None:
+    spaces = [et.Feature("item", 50, "none", id_space="shelf"), et.Feature("seen", 50, "none", id_space="shelf")]
+    (config,) = et.EmbeddingCollection(et.plan(spaces, "hash", "0.5x", dim=8)).embedding_configs()
+    assert (config.name, config.num_embeddings, config.embedding_dim) == ("shelf", 50, 8)
+    assert config.feature_names == ["item", "seen"]
 
 
 def test_fused_state_survives_a_save() -> None:

@@ -108,6 +108,27 @@ def test_a_full_disk_is_said_of_what_was_to_be_written(kind, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", [new_folder, replaced_folder, replaced_file])
+def test_a_file_in_the_place_of_the_folder_is_said(kind, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file")
+    with pytest.raises(UserError, match=r"out: cannot be written \(Not a directory\)"), kind(tmp_path / "data" / "out"):
+        pytest.fail("there is no place for it")
+    assert (tmp_path / "data").read_text() == "a file"
+
+
+def test_folders_that_the_system_cannot_exchange_stay_as_they_are(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    replacing = replaced_folder(out)
+    (replacing.__enter__() / "file").write_text("new")
+    out.rename(tmp_path / "moved")  # nothing is left to be exchanged with
+    with pytest.raises(UserError, match="cannot be replaced in one step"):
+        replacing.__exit__(None, None, None)
+    assert (tmp_path / "moved" / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["moved"]
+
+
 def test_only_a_full_disk_is_one() -> None:
     assert of_a_full_disk(ValueError("I/O error: File too large (os error 27)")) == "File too large"
     assert of_a_full_disk(ValueError("no such file (os error 2)")) is None

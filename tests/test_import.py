@@ -209,6 +209,24 @@ def test_every_kind_of_file_is_read(kind: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["user"].numpy(), WEIGHT)
 
 
+def test_files_that_hold_no_tables_are_named(tmp_path: Path) -> None:
+    (tmp_path / "user.csv").write_text("1,2\n")
+    with pytest.raises(DataError, match=r"user\.csv: unknown kind; give \.safetensors"):
+        read_dense([tmp_path / "user.csv"])
+    with pytest.raises(DataError, match=r"gone\.npy: no such file"):
+        read_dense([tmp_path / "gone.npy"])
+
+
+def test_tables_are_imported_into_either_backend() -> None:
+    fused, plain = (
+        et.from_dense({"user": WEIGHT}, planned("hash"), backend=backend) for backend in ("fbgemm", "torch")
+    )
+    assert list(plain.parameters())
+    assert not list(fused.parameters())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, fused.state_dict()[name]), name
+
+
 def test_a_pattern_chooses_tables(tmp_path: Path) -> None:
     names = {
         "ebc.embedding_bags.user.weight": WEIGHT,
@@ -220,6 +238,10 @@ def test_a_pattern_chooses_tables(tmp_path: Path) -> None:
     assert sorted(found) == ["item", "user"]
     with pytest.raises(UserError, match="different widths"):
         read_dense([tmp_path / "m.safetensors"])
+    with pytest.raises(UserError, match=r"--pattern '\(': missing \)"):
+        read_dense([tmp_path / "m.safetensors"], "(")
+    with pytest.raises(UserError, match="feature 'weight' has a table already"):
+        read_dense([tmp_path / "m.safetensors"], r"embedding_bags\..+\.(weight)")
     with pytest.raises(UserError, match="needs a group"):
         read_dense([tmp_path / "m.safetensors"], "user")
     with pytest.raises(DataError, match="holds no matrix of floats whose name fits"):

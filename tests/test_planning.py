@@ -1,6 +1,7 @@
 """Budgets are never exceeded and well used; requests that make no sense are refused in one line."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -169,6 +170,7 @@ def test_requests_that_make_no_sense(arguments: dict, message: str) -> None:
         (("a", 2.5), "num_ids must be a positive whole number"),
         (("a", 3, "max"), "pooling must be one of"),
         (("a", 3, "sum", np.ones(4)), r"counts must have shape \(3,\)"),
+        (("a", 3, "sum", None, 5), "id_space must be a name, got 5"),
     ],
 )
 def test_features_that_make_no_sense(arguments: tuple, message: str) -> None:
@@ -198,3 +200,32 @@ def test_a_table_that_would_carry_the_name_of_an_array_is_refused() -> None:
     features = [et.Feature("user", 5000), et.Feature("user.projection", 9)]
     with pytest.raises(UserError, match=r"feature 'user' has an array 'projection', so no table may be called user\.p"):
         et.plan(features, {"user": "lowrank", "*": "dense"}, "0.5x")
+
+
+def test_a_feature_that_a_plan_does_not_have_is_named() -> None:
+    with pytest.raises(UserError, match="no feature 'film' in this plan; it has user, item"):
+        et.plan([et.Feature("user", 9), et.Feature("item", 9)]).encoding("film")
+
+
+def renamed(described: dict, old: str, new: str) -> None:
+    next(table for table in described["tables"] if table["name"] == old)["name"] = new
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: d.pop("tables"), "not a plan: 'tables'"),
+        (lambda d: d["tables"][0].update(colour="red"), "not a plan: .*colour"),
+        (lambda d: d["encodings"]["user"].update(method="magic"), "unknown method 'magic'"),
+        (lambda d: d["encodings"]["user"].update(colour="red"), "not a plan: .*colour"),
+        (lambda d: renamed(d, "item", "user"), "two physical tables would be called 'user'"),
+        (lambda d: renamed(d, "item", "film"), "feature 'item' reads a table 'item' that the plan does not have"),
+    ],
+)
+def test_descriptions_that_are_no_plan(spoil: Callable[[dict], None], message: str) -> None:
+    plan = et.plan([et.Feature("user", 9), et.Feature("item", 9)], "hash", "0.9x")
+    described = plan.to_dict()
+    assert et.Plan.from_dict(described) == plan
+    spoil(described)
+    with pytest.raises(UserError, match=message):
+        et.Plan.from_dict(described)

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+import embtab as et
+from embtab.errors import UserError
 from embtab.quantise import dequantise, quantise, served
 
 rows_of_floats = npst.arrays(
@@ -58,3 +60,13 @@ def test_flat_rows_are_kept() -> None:
 def test_what_cannot_be_stored_is_refused(precision: str, bad: float) -> None:
     with pytest.raises(ValueError, match="not finite or beyond 65504"):
         served(torch.tensor([[0.0, bad]]), precision)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_tables_that_cannot_be_served_are_named(precision: str) -> None:
+    plan = et.plan([et.Feature("user", 9), et.Feature("item", 9)], precision=precision)
+    tables = et.EmbeddingBagCollection(plan, backend="torch")
+    tables.round_to_served()
+    tables.lookup.table("item")[3, 1] = 1e6
+    with pytest.raises(UserError, match=f"table 'item' cannot be served in {precision}: .* beyond 65504"):
+        tables.round_to_served()

@@ -1,37 +1,28 @@
-"""How much memory one arm takes when it works alone."""
+"""How much memory something takes when it is done alone."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
-from embtab.bench.workload import Case
 
-if TYPE_CHECKING:
-    from embtab.bench.run import Settings
-
-
-def peak_bytes(what: str, settings: Settings, case: Case, arm: str) -> int | None:
-    """The largest memory of a fresh process that runs this arm a few times, its libraries included.
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """The largest memory of a fresh process that does this, its libraries included.
 
     On a GPU it is the largest memory that torch held there. None where the system does not tell.
     """
-    alone = replace(settings, arms=(arm,), baseline=arm, rounds=3, memory=False)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_run_alone, what, alone, case, torch.get_num_threads()).result()
+        return pool.submit(_alone, work, device, torch.get_num_threads()).result()
 
 
-def _run_alone(what: str, settings: Settings, case: Case, threads: int) -> int | None:
-    from embtab.bench.run import turns
-
+def _alone(work: Callable[[], object], device: torch.device, threads: int) -> int | None:
     torch.set_num_threads(threads)
-    list(turns(what, settings, case))
-    return torch.cuda.max_memory_allocated() if settings.device.type == "cuda" else most_resident()
+    work()
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else most_resident()
 
 
 def most_resident() -> int | None:

@@ -12,6 +12,7 @@ from embtab.bench.timing import Times
 from embtab.bench.workload import Case
 from embtab.errors import UserError
 from embtab.files import write_text
+from embtab.plotting import pyplot, save_figure
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,10 @@ def plot(results: Sequence[Result], path: Path) -> None:
     Raises:
         UserError: where matplotlib is not installed, or no lookups were measured.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("a plot needs matplotlib; install it with: pip install 'embtab[plot]'") from None
     steps = [r for r in results if r.what == "lookups" and r.phase == "step"]
     if not steps:
         raise UserError("a plot shows lookups; measure them too")
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     first = steps[0]
     for panel, (axis, label, fixed) in zip(
         axes, [("ids", "ids of all features", "batch"), ("batch", "rows of a batch", "ids")], strict=True
@@ -138,5 +132,4 @@ def plot(results: Sequence[Result], path: Path) -> None:
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("ns a lookup: forward + backward + update")
     axes[1].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,62 +18,14 @@ from embtab.bench.memory import free_memory, peak_bytes
 from embtab.bench.report import Result, result
 from embtab.bench.search import search_results
 from embtab.bench.serving import serving_arms
+from embtab.bench.settings import WHAT, Settings
 from embtab.bench.steps import autoint_arms, din_arms
 from embtab.bench.timing import Arm, Times, alternate
 from embtab.bench.workload import Case
 from embtab.datasets import synthetic
 from embtab.errors import UserError
 
-WHAT = ("lookups", "autoint", "din", "loader", "serving", "search")
 GENERATED_ROWS = 400_000
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure; every combination of the lists is a case.
-
-    Args:
-        what: of WHAT.
-        arms: tables under test, as `make_tables` takes them.
-        baseline: of the ratios; where it cannot do what is measured, the first arm that can.
-        budget: of methods that compress.
-        optimizer: of tables.
-        dims: D.
-        batches: rows.
-        bags: ids in a bag, or events in a history.
-        skews: "zipf", "uniform".
-        cap: of cardinalities.
-        scales: of cardinalities.
-        rounds: kept of each case.
-        fill: of DIN's histories.
-        data: a dataset folder for the loader; one is generated if None.
-        memory: also measure peak memory, each arm in a process of its own.
-        device: where.
-        machine_bytes: of the arrays that the machine's limits are measured with.
-    """
-
-    what: Sequence[str] = ("lookups",)
-    arms: Sequence[str] = (TORCHREC, "dense", "hash", "unified", "qr")
-    baseline: str = TORCHREC
-    budget: str = "0.1x"
-    optimizer: str = "rowwise_adagrad"
-    dims: Sequence[int] = (16,)
-    batches: Sequence[int] = (4096,)
-    bags: Sequence[int] = (1,)
-    skews: Sequence[str] = ("zipf",)
-    cap: int | None = 100_000
-    scales: Sequence[float] = (1.0,)
-    rounds: int = 15
-    fill: float = 1.0
-    data: Path | None = None
-    memory: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    machine_bytes: int = 512 << 20
-
-    def cases(self) -> Iterator[Case]:
-        """Every combination."""
-        for scale, skew, bag, batch, dim in product(self.scales, self.skews, self.bags, self.batches, self.dims):
-            yield Case(dim, batch, bag, skew, self.cap, scale)
 
 
 def run(settings: Settings) -> list[Result]:
@@ -132,7 +84,8 @@ def _measured(what: str, settings: Settings, case: Case, limits: machine.Machine
             per_sample = case.lookups // case.batch * case.dim * 4
             found = replace(found, row_fraction=found.rate / limits.rows[case.dim], sample_bytes=per_sample)
         if settings.memory and arm not in peaks:
-            peaks[arm] = peak_bytes(what, settings, case, arm)
+            alone = replace(settings, arms=(arm,), baseline=arm, rounds=3, memory=False)
+            peaks[arm] = peak_bytes(partial(turns, what, alone, case), settings.device)
         yield replace(found, peak_bytes=peaks.get(arm))
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab.bench.report import Result, result
+from embtab.bench.settings import Settings
 from embtab.bench.timing import Arm, Stopwatch, Times, alternate
 from embtab.bench.workload import Case, draw
 from embtab.collections import EmbeddingCollection
@@ -25,9 +25,7 @@ from embtab.features import Feature
 from embtab.models.dare import DARE
 from embtab.models.events import Events, top_events
 from embtab.planning import plan
-
-if TYPE_CHECKING:
-    from embtab.bench.run import Settings
+from embtab.plotting import pyplot, save_figure
 
 ITEMS = 200_000
 TOP_K = 20
@@ -98,14 +96,9 @@ def plot_search(results: Sequence[Result], path: Path) -> None:
     Raises:
         UserError: where matplotlib is not installed.
     """
-    try:
-        import matplotlib
+    plt = pyplot()
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.ticker import LogLocator, NullFormatter
-    except ImportError:
-        raise UserError("a plot needs matplotlib; install it with: pip install 'embtab[plot]'") from None
     totals = [r for r in results if r.what == "search" and r.phase == "search"]
     first = totals[0]
     totals = [r for r in totals if (r.batch, r.skew) == (first.batch, first.skew)]
@@ -130,5 +123,4 @@ def plot_search(results: Sequence[Result], path: Path) -> None:
     for panel in (by_length, by_dim):
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

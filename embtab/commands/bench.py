@@ -59,8 +59,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     import torch
 
     from embtab.bench.report import as_text, plot, write_csv
-    from embtab.bench.run import Settings, run
+    from embtab.bench.run import run
     from embtab.bench.search import plot_search
+    from embtab.bench.settings import Settings
 
     numbers = [arguments.rounds, arguments.threads, *arguments.dim, *arguments.batch, *arguments.bag]
     if min(numbers) < 1 or arguments.cap < 0 or min(arguments.scale) <= 0 or not 0 <= arguments.fill <= 1:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from embtab.commands.parser import read_seeds
 from embtab.errors import UserError
 
 
@@ -24,12 +25,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     if arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
-    try:
-        seeds = None if arguments.seeds is None else [int(seed) for seed in arguments.seeds.split(",")]
-    except ValueError:
-        raise UserError(f"--seeds {arguments.seeds!r}: write whole numbers, such as 0,1,2") from None
     run = _sequences if is_study(arguments.config) else _features
-    print(run(arguments, seeds))
+    print(run(arguments, read_seeds(arguments.seeds)))
 
 
 def _features(arguments: argparse.Namespace, seeds: list[int] | None) -> str:

@@ -29,3 +29,11 @@ def read_option(text: str) -> tuple[str, bool | int | float | str]:
         except ValueError:
             continue
     return key, value
+
+
+def read_seeds(text: str | None) -> list[int] | None:
+    """Seeds from "0,1,2"; None for those of the configuration."""
+    try:
+        return None if text is None else [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: write whole numbers, such as 0,1,2") from None

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from embtab.commands.parser import read_seeds
 from embtab.errors import UserError
 
 
@@ -25,10 +26,6 @@ def _search(arguments: argparse.Namespace) -> None:
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("embtab search trains in one process: start it without torchrun")
-    try:
-        seeds = None if arguments.seeds is None else [int(seed) for seed in arguments.seeds.split(",")]
-    except ValueError:
-        raise UserError(f"--seeds {arguments.seeds!r}: write whole numbers, such as 0,1,2") from None
-    sweep = read_sweep(arguments.config, data=arguments.data, seeds=seeds)
+    sweep = read_sweep(arguments.config, data=arguments.data, seeds=read_seeds(arguments.seeds))
     print(search(sweep, arguments.out), end="")
     print(f"{arguments.out}/report.md and {arguments.out}/results.csv", file=sys.stderr)

@@ -17,13 +17,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from embtab.compare.charts import Spec
 from embtab.compare.figure import Figure, Panel
 from embtab.compare.figures import figures
-from embtab.compare.results import write_bytes
 from embtab.compare.statistics import LEVEL, RESAMPLES
 from embtab.compare.summary import Row, Summary, summarise
 from embtab.compare.sweep import Sweep, label
 from embtab.compare.words import Advice, advise
 from embtab.datasets.schema import Dataset
-from embtab.files import write_text
+from embtab.files import write_bytes, write_text
 from embtab.sizes import format_bytes
 
 PNG_WIDTH = 720

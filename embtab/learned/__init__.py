@@ -19,4 +19,6 @@ __all__ = ["LEARNED", "Reference", "Result", "run", "settings", "train_dense"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'embtab.learned' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"embtab.learned.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"embtab.learned.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -139,7 +139,8 @@ class PartInit(NamedTuple):
     std: float
 
 
-class LiveTable(NamedTuple):
+@dataclass(frozen=True)
+class LiveTable:
     """A physical table in training, for a method that reorganises itself; writing to its tensors writes to it.
 
     Args:
@@ -269,7 +270,8 @@ class Encoding(ABC):
         """
 
 
-class Solution(NamedTuple):
+@dataclass(frozen=True)
+class Solution:
     """Encodings in the order of the id spaces, and the physical tables they read."""
 
     encodings: list[Encoding]

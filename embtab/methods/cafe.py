@@ -146,10 +146,10 @@ class CAFE(Encoding):
         slot, candidate = at[bucket, rank], of[bucket, rank]
         promoted, demoted = candidates[bucket, candidate], slots[bucket, slot]
         shared = SLOTS * self.num_buckets + hash_rows(promoted, self.seeds[1], self.num_rows)
-        values, moments = tables[self.tables[0]]
-        values[SLOTS * bucket + slot] = values[shared]
-        if moments is not None:
-            moments[SLOTS * bucket + slot] = 0
+        live = tables[self.tables[0]]
+        live.values[SLOTS * bucket + slot] = live.values[shared]
+        if live.moments is not None:
+            live.moments[SLOTS * bucket + slot] = 0
         slots[bucket, slot], candidates[bucket, candidate] = promoted, demoted
         arrays["sketch"].bitwise_right_shift_(1)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -142,7 +142,8 @@ def power_rule(n: Sequence[float] | np.ndarray, alpha: float, scale: Array, dim:
     return widths.astype(np.int64)
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class PopularityBlocks:
     """The blocks of an id space: first ids (or ranks), numbers of rows, cardinalities, and ranks if they are needed."""
 
     starts: list[int]
@@ -151,14 +152,14 @@ class Cut(NamedTuple):
     ranks: np.ndarray | None
 
 
-def popularity_blocks(space: Feature, blocks: int) -> Cut:
+def popularity_blocks(space: Feature, blocks: int) -> PopularityBlocks:
     """Blocks of falling popularity and equal shares of the occurrences; fewer where single ids have larger shares.
 
     Raises:
         UserError: for two or more blocks of a space whose counts are unknown.
     """
     if blocks == 1:
-        return Cut([0], [space.num_ids], [float(space.num_ids)], None)
+        return PopularityBlocks([0], [space.num_ids], [float(space.num_ids)], None)
     if space.counts is None:
         raise UserError(
             f"mixed_dim: blocks={blocks} needs to know how often each id of feature {space.name!r} occurs; give the "
@@ -179,7 +180,7 @@ def popularity_blocks(space: Feature, blocks: int) -> Cut:
     starts = [0, *ends[:-1].tolist()]
     rows = np.diff([0, *ends])
     n = np.maximum.accumulate(rows * float(counts.sum()) / np.add.reduceat(counts, starts))
-    return Cut(starts, rows.tolist(), n.tolist(), ranks)
+    return PopularityBlocks(starts, rows.tolist(), n.tolist(), ranks)
 
 
 def _ends(counts: np.ndarray, blocks: int) -> np.ndarray:
@@ -192,7 +193,7 @@ def _ends(counts: np.ndarray, blocks: int) -> np.ndarray:
 class _Solver:
     """Widths [S, K] of the blocks of all spaces, K the most blocks of any; missing ones have no rows."""
 
-    def __init__(self, cuts: Sequence[Cut], spec: Spec, alpha: float, power_of_two: bool) -> None:
+    def __init__(self, cuts: Sequence[PopularityBlocks], spec: Spec, alpha: float, power_of_two: bool) -> None:
         most = max(len(cut.rows) for cut in cuts)
         self.rows = np.array([cut.rows + [0] * (most - len(cut.rows)) for cut in cuts])
         self.n = np.array([cut.n + [np.inf] * (most - len(cut.n)) for cut in cuts])
@@ -244,7 +245,7 @@ class _Solver:
         return power_rule(self.n, self.alpha, scale, self.dim, self.power_of_two)
 
 
-def _solution(space: Feature, cut: Cut, widths: np.ndarray, spec: Spec) -> Solution:
+def _solution(space: Feature, cut: PopularityBlocks, widths: np.ndarray, spec: Spec) -> Solution:
     """One space's tables: dense, one narrow table, or a table per block."""
     if np.all(widths == spec.dim):
         return dense_solution(space, spec)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embtab.compare.statistics import mean_interval
-from embtab.errors import UserError
-from embtab.files import replaced_file
+from embtab.plotting import pyplot, save_figure
 
 Row = dict[str, Any]
 
@@ -23,16 +22,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         UserError: where matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("a plot needs matplotlib; install it with: pip install 'embtab[plot]'") from None
     found = points(rows)
     methods = list(dict.fromkeys(method for method, _ in found))
-    figure, panels = plt.subplots(
+    figure, panels = pyplot().subplots(
         1, len(methods), figsize=(3 + 3.2 * len(methods), 4), sharey=True, layout="constrained", squeeze=False
     )
     for panel, method in zip(panels[0], methods, strict=True):
@@ -44,9 +36,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("AUC")
     panels[0][-1].legend(fontsize="small")
-    with replaced_file(path) as beside:
-        figure.savefig(beside, dpi=120, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def points(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[int, float, float]]]:

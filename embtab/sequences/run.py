@@ -7,11 +7,12 @@ import sys
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
 
-from embtab.compare import results
+from embtab.compare.rows import read_rows, write_rows
 from embtab.compare.summary import Row
 from embtab.compare.sweep import label
 from embtab.datasets.schema import Dataset
@@ -46,18 +47,18 @@ def run_study(study: Study, out: Path) -> str:
         raise UserError("nothing to run: methods that compress need budgets, and every study needs seeds and arms")
     infeasible = _checked(study, cells)  # before anything is written: a mistake leaves no folder behind
     with locked(out):
-        rows = read_rows(out / "results.csv")
+        rows = read_results(out / "results.csv")
         rows |= infeasible
         left = [key for key in cells if key not in rows]
         _quieten()
         for key in tqdm(left, desc="runs", unit="run", file=sys.stderr):
             row = _trained(study, cells[key], key)
             rows[key] = row
-            results.write_rows(out / "results.csv", COLUMNS, list(rows.values()))
+            write_rows(out / "results.csv", COLUMNS, list(rows.values()))
             tqdm.write(f"{cells[key].name}: auc {row['auc']:.5f}, {row['seconds']:.0f} s", file=sys.stderr)
         in_order = {key: rows[key] | _named(cell) for key, cell in cells.items()}
-        results.write_rows(out / "results.csv", COLUMNS, list((rows | in_order).values()))
-        rows = read_rows(out / "results.csv")  # what is reported is what is in the file
+        write_rows(out / "results.csv", COLUMNS, list((rows | in_order).values()))
+        rows = read_results(out / "results.csv")  # what is reported is what is in the file
         text = report(study, dataset, [rows[key] for key in cells])
         write_text(out / "report.md", text)
         if find_spec("matplotlib") is None:
@@ -98,13 +99,13 @@ def _named(cell: Cell) -> Row:
     return {"arm": cell.arm.name, "method": label(cell.method), "budget": budget, "seed": cell.seed}
 
 
-def read_rows(file: Path) -> dict[str, Row]:
+def read_results(file: Path) -> dict[str, Row]:
     """The rows of an earlier run, by key.
 
     Raises:
         UserError: when the file is not a results.csv of a study.
     """
-    return {row["key"]: row for row in results.read_rows(file, COLUMNS, TEXTS)}
+    return read_rows(file, COLUMNS, TEXTS, itemgetter("key"))
 
 
 def _quieten() -> None:

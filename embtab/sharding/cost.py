@@ -43,9 +43,6 @@ class Traffic:
     vectors: int = 0
     gradients: int = 0
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.ids + other.ids, self.vectors + other.vectors, self.gradients + other.gradients)
-
     @property
     def total(self) -> int:
         """All of it."""

@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
-from embtab.drawing import Unmade
 from embtab.errors import UserError
 from embtab.fbgemm import FbgemmLookup
 from embtab.lookup import slot
@@ -27,6 +26,7 @@ from embtab.sharding.lookup import ShardedLookup
 from embtab.sharding.pipeline import LookAhead, Through
 from embtab.sharding.placement import kinds
 from embtab.training.data import Epochs
+from embtab.unmade import Unmade
 
 Collection = EmbeddingBagCollection | EmbeddingCollection
 _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "ncclremoteerror")

@@ -28,7 +28,7 @@ class Progress(ProgressBar):
         super().__init__()
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self.enabled = True
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm | None = None
         self._pace = Pace()
         self._epoch_pace = Pace()
 

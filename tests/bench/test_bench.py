@@ -1,6 +1,7 @@
 """embtab bench: arms take turns, ratios are paired, ids follow their law, and results are written whole."""
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,15 @@ import torch
 from torch import nn
 
 from embtab.bench import machine, memory, serving
+from embtab.bench.loading import PYARROW, loader_arms
 from embtab.bench.lookups import TORCH, TORCHREC, make_tables
-from embtab.bench.run import Settings, run
+from embtab.bench.run import run
+from embtab.bench.settings import Settings
 from embtab.bench.timing import Stopwatch, Times, alternate
 from embtab.bench.workload import Case, draw
 from embtab.cli import main
+from embtab.datasets import synthetic
+from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
 
 CPU = torch.device("cpu")
@@ -184,6 +189,35 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "--skew", "steep"])
     assert "--skew must be zipf or uniform, got steep" in capsys.readouterr().err
+
+
+def test_the_reader_is_measured_on_every_row_of_the_split(tmp_path: Path) -> None:
+    synthetic.prepare(tmp_path / "data", rows=500, scale=0.0001, seed=0)
+    arms, rows = loader_arms(tmp_path / "data", batch=64)
+    assert rows == Dataset.load(tmp_path / "data").rows("train") == 400
+    watch = Stopwatch(CPU)
+    for turn in arms.values():
+        turn(0, watch)
+    assert all(seconds > 0 for seconds in watch.laps())
+    settings = Settings(("loader",), data=tmp_path / "data", batches=(64,), rounds=3, machine_bytes=1 << 20)
+    found = {result.arm: result for result in run(settings)}
+    assert list(found) == [PYARROW, "in order", "shuffled"]
+    assert found[PYARROW].ratio == 1
+    assert all(result.rate == pytest.approx(400e3 / result.median_ms) for result in found.values())
+
+
+def test_memory_is_that_of_the_work_in_a_process_of_its_own() -> None:
+    small, large = (memory.peak_bytes(partial(np.ones, count), CPU) for count in (1, 30_000_000))
+    assert small is not None
+    assert large is not None
+    assert 200e6 < large - small < 300e6
+    settings = Settings(
+        arms=("dense",), baseline="dense", batches=(8,), scales=(1e-4,), dims=(4,), memory=True, machine_bytes=1 << 20
+    )
+    forward, step = run(settings)
+    assert forward.peak_bytes == step.peak_bytes
+    assert step.peak_bytes is not None
+    assert step.peak_bytes > small
 
 
 def test_a_case_that_does_not_fit_is_skipped_and_said(capsys: pytest.CaptureFixture[str]) -> None:

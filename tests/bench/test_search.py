@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from embtab.bench import search
-from embtab.bench.run import Settings, run
+from embtab.bench.run import run
+from embtab.bench.settings import Settings
 from embtab.bench.timing import Stopwatch
 from embtab.bench.workload import Case
 from embtab.cli import main

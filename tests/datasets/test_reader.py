@@ -244,6 +244,9 @@ def test_state_of_another_stream_is_refused(folder):
     state = ParquetBatches(folder, "train", 16).state_dict()
     with pytest.raises(UserError, match="seed was 0 and is now 1"):
         ParquetBatches(folder, "train", 16, seed=1).load_state_dict(state)
+    del state["ranges"]
+    with pytest.raises(UserError, match="an older embtab wrote its state"):
+        ParquetBatches(folder, "train", 16).load_state_dict(state)
 
 
 @settings(max_examples=30, deadline=None)
@@ -371,6 +374,8 @@ def test_bad_requests(folder):
         ParquetBatches(folder, "valid", 4)
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         ParquetBatches(folder, "train", 0)
+    with pytest.raises(UserError, match="prefetch must be 0 or more"):
+        ParquetBatches(folder, "train", 4, prefetch=-1)
     with pytest.raises(UserError, match="too few for a batch of 340"):
         ParquetBatches(folder, "train", 340, drop_last=True)
     with pytest.raises(UserError, match=r"rank must lie in \[0, 2\), got 2"):

@@ -248,6 +248,7 @@ def test_mistakes_are_named(tmp_path):
         ({"sampler": "best"}, "sampler must be one of"),
         ({"targets": 0}, "targets must be 1 or more"),
         ({"kind": "csv"}, "unknown kind"),
+        ({"seed": -1}, "seed must be 0 or more"),
         ({"eval_negatives": 60}, "untouched"),
         ({"min_events": 100}, "no user has 100 events"),
     ]:
@@ -270,6 +271,17 @@ def test_mistakes_are_named(tmp_path):
     touched = {user: [items[0], "i1"] for user, items in histories().items()}
     with pytest.raises(DataError, match="negative is in the history"):
         sequences.prepare(write_s3rec(tmp_path / "sampled", histories(), touched), out)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "log.dat").write_text("u1 a b c\n")
+    (tmp_path / "bought.csv").write_text("1,2,3,buy,4\n")
+    for name, message in [
+        ("gone.txt", "no such file or folder"),
+        ("log.dat", "the name does not tell what it is; say --kind"),
+        ("empty.txt", "is empty"),
+        ("bought.csv", "holds no page view"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            sequences.prepare(tmp_path / name, out)
     assert not out.exists()
     assert not list(tmp_path.glob(".*"))
 

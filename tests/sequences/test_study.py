@@ -87,7 +87,7 @@ def test_a_study_resumes_where_it_was_left_and_reports_its_means(planted, tmp_pa
     monkeypatch.setattr(run, "_trained", stopping)
     with pytest.raises(SystemExit):
         cli.main(["compare", "--config", str(config), "--out", str(out)])
-    assert len(run.read_rows(out / "results.csv")) == 3 + 6  # and what is infeasible
+    assert len(run.read_results(out / "results.csv")) == 3 + 6  # and what is infeasible
     cli.main(["compare", "--config", str(config), "--out", str(out)])
     assert trained == [(name, seed) for seed in (0, 1) for name in ARMS][:4] + [
         (name, 1) for name in ARMS
@@ -105,7 +105,7 @@ def test_a_study_resumes_where_it_was_left_and_reports_its_means(planted, tmp_pa
     assert "infeasible" in shown
     assert (out / "report.md").read_text() in shown
     assert (out / "auc.png").read_bytes()[:4] == b"\x89PNG"
-    drawn = points(list(run.read_rows(out / "results.csv").values()))
+    drawn = points(list(run.read_results(out / "results.csv").values()))
     assert list(drawn) == [("dense", name) for name in ARMS]
     assert drawn["dense", "dare"] == [(int(ok[2]["nbytes"]), interval.mean, interval.high - interval.mean)]
 
@@ -139,6 +139,16 @@ def test_a_cell_is_known_by_what_it_does_not_by_its_name(planted, tmp_path):
 def test_mistakes_are_named(planted, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         study(planted, tmp_path, **more)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("arms: [", "cannot be read as YAML"), ("- arms", "expected keys such as")]
+)
+def test_files_that_are_no_study_are_named(tmp_path, text, message):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"study\.yaml: {message}"):
+        read_study(file)
 
 
 def test_nothing_is_left_behind_by_a_study_that_makes_no_sense(planted, tmp_path):
