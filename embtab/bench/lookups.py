@@ -81,7 +81,7 @@ def _torchrec(case: Case, optimizer: str, device: torch.device) -> Tables:
     """One dense table a feature in torchrec's own fused collection."""
     kinds = {
         "sgd": torch.optim.SGD,
-        "adagrad": torchrec.optim.Adagrad,
+        "adagrad": torch.optim.Adagrad,
         "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
     }
     configs = [

@@ -20,6 +20,7 @@ from embtab.cli import main
 from embtab.datasets import synthetic
 from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
+from embtab.lookup import OPTIMIZERS
 
 CPU = torch.device("cpu")
 SMALL = ["--batch", "32", "--rounds", "2", "--scale", "0.0001"]
@@ -72,6 +73,16 @@ def test_every_kind_of_tables_gives_one_vector_a_feature_and_bag() -> None:
     for name in (TORCHREC, TORCH, "dense", "qr:op=sum"):
         tables = make_tables(name, case, "0.5x", "rowwise_adagrad", CPU)
         assert tables.forward(batch).shape == (8, 26 * 4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_torchrecs_arm_trains_by_every_table_optimizer(optimizer: str) -> None:
+    case = Case(dim=4, batch=8, cap=50)
+    tables = make_tables(TORCHREC, case, "0.5x", optimizer, CPU)
+    (batch,) = case.batches(1, CPU)
+    before = tables.forward(batch).detach().clone()
+    tables.forward(batch).sum().backward()
+    assert not torch.equal(before, tables.forward(batch))
 
 
 def test_the_plain_torch_arm_trains_by_sgd() -> None:
