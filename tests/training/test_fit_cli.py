@@ -202,7 +202,7 @@ def test_a_wrong_command_line_is_one_line(config, capsys, argv, says):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["fit_synthetic", "fit_criteo", "fit_frappe"])
+@pytest.mark.parametrize("name", ["fit_synthetic", "fit_criteo", "fit_frappe", "fit_long"])
 def test_the_configurations_that_come_along_run(name, toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--data.path", str(toy), "--trainer.accelerator", "cpu"]
