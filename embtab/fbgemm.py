@@ -41,10 +41,11 @@ class FbgemmLookup(StackedLookup):
 
     def _made(self, device: torch.device) -> dict[int, Any]:
         """One table-batched kernel per width, all rows zero."""
-        self._dealt = device.type == "cpu" and self.optimizer.name == "rowwise_adagrad" and _loop_is_quicker()
+        self._two_features = device.type == "cpu" and self.optimizer.name == "rowwise_adagrad" and _loop_is_quicker()
         sizes = self.stacked_rows.items()
         return {
-            width: make_kernel(rows, padded(width), self.optimizer, device, 1 + self._dealt) for width, rows in sizes
+            width: make_kernel(rows, padded(width), self.optimizer, device, 1 + self._two_features)
+            for width, rows in sizes
         }
 
     def stack(self, width: int) -> Tensor:
@@ -57,7 +58,7 @@ class FbgemmLookup(StackedLookup):
         if torch.is_inference_mode_enabled():  # which the training kernel does not know
             with torch.inference_mode(False), torch.no_grad():
                 return self.sum_bags(width, rows, offsets, weights)
-        sums = (_dealt if self._dealt else _summed)(self._kernels[width], rows, offsets, weights)
+        sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows, offsets, weights)
         return sums if width == padded(width) else sums[:, :width]
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -121,14 +122,14 @@ def make_kernel(num_rows: int, width: int, optimizer: Optimizer, device: torch.d
     )
 
 
-def _summed(kernel: Any, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+def _by_one(kernel: Any, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
     """[B, W], by a kernel whose table has one feature."""
     offsets = torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets
     sums: Tensor = kernel(rows, offsets, weights)
     return sums
 
 
-def _dealt(kernel: Any, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+def _by_two(kernel: Any, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
     """[B, W], by a kernel whose table has two features: its answer [H, 2 W] has a bag of each in a row."""
     if offsets is None:  # even rows to one and odd rows to the other, so that sums come out in order
         bags = len(rows)
@@ -167,7 +168,7 @@ def _made_code_waits() -> bool:
     rows = torch.arange(4096)
     gradient = torch.ones(len(rows), 16)
     optimizer, cpu = Optimizer(), torch.device("cpu")
-    ways = [(_summed, make_kernel(4096, 16, optimizer, cpu, 1)), (_dealt, make_kernel(4096, 16, optimizer, cpu, 2))]
+    ways = [(_by_one, make_kernel(4096, 16, optimizer, cpu, 1)), (_by_two, make_kernel(4096, 16, optimizer, cpu, 2))]
     seconds = [float("inf")] * 2
     for _ in range(5):
         for i, (way, kernel) in enumerate(ways):
