@@ -57,7 +57,7 @@ def compared(folder: Path) -> Content:
 
 def studied(folder: Path) -> Content:
     """The results of a study of sequence models but for its times, and the names of the report's files."""
-    rows = studies.read_rows(folder / "results.csv").values()
+    rows = studies.read_results(folder / "results.csv").values()
     assert {row["status"] for row in rows} == {"ok"}
     named = {f"{row['arm']} {row['seed']}": {k: v for k, v in row.items() if k != "seconds"} for row in rows}
     return named | dict.fromkeys(files(folder), "")
@@ -104,7 +104,7 @@ def rows_are_whole(out: Path, expected: Content) -> None:
 
 def study_rows_are_whole(out: Path, expected: Content) -> None:
     """Rows of a study are there or not."""
-    rows = studies.read_rows(out / "results.csv").values()
+    rows = studies.read_results(out / "results.csv").values()
     assert all(row["status"] == "ok" for row in rows)
 
 
