@@ -32,6 +32,10 @@ FORKS.set_forkserver_preload(
 Content = dict[str, object]
 
 
+ONNX_RUNTIMES = ".ses"
+"""The file that ONNX Runtime makes among the temporary ones, and keeps."""
+
+
 @dataclass(frozen=True)
 class Place:
     """What all commands of a test share: a prepared dataset, configurations, a checkpoint, dense tables, a bundle."""
@@ -161,8 +165,8 @@ def _judged(place: Place, command: Command, folder: Path, expected: Content) -> 
     other = [name for name in found if found[name] != expected[name]]
     assert other == [], other
     left = [*folder.rglob(".*"), *place.temporary.iterdir()]
-    # The lock of a folder's writers; the one file that ONNX Runtime makes and keeps; what a compiler still writes.
-    kept = (".lock", ".ses", "cc*")
+    # The lock of a folder's writers, and what a compiler still writes.
+    kept = (".lock", ONNX_RUNTIMES, "cc*")
     assert [path for path in left if not any(map(path.match, kept))] == []
 
 
