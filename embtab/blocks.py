@@ -130,38 +130,50 @@ class Block(nn.Module):
             ids: int64 [N], feature after feature, which `check` has seen.
             sizes: how many ids each feature has.
         """
-        if not self._by_feature(ids):
+        turns = self._in_turn(ids)
+        if len(turns) == 1:
             return self._rows(ids, sizes, slice(None))
-        return torch.cat([self._rows(*each) for each in self._features(ids, sizes)])
+        each = zip(ids.split(list(sizes)), sizes, turns, strict=True)
+        return torch.cat([self._rows(part, [size], which) for part, size, which in each])
 
     def placed_rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The same as rows of the lookup's matrices; for encodings that have all parts of every id."""
-        if not self._by_feature(ids):
-            return self.placed(self._rows(ids, sizes, slice(None)), sizes)
-        placed = ids.new_empty(len(ids), len(self.widths))
-        for part, each in zip(placed.split(list(sizes)), self._features(ids, sizes), strict=True):
-            torch.add(self._rows(*each), self._spread("bases", *each[1:])[0], out=part)
+        """The same as rows of the lookup's matrices; for encodings that have all parts of every id.
+
+        Returns:
+            int64 [F, K, n] where every feature has n ids, else [N, K].
+        """
+        if len(set(sizes)) > 1:
+            return self.placed(self.rows(ids, sizes), sizes)
+        # Ids last: there are many of them, and loops over the last dimension are the quick ones.
+        shaped = ids.view(len(sizes), 1, -1)
+        placed = ids.new_empty(len(sizes), len(self.widths), shaped.shape[-1])
+        for which in self._in_turn(ids):
+            constants = {name: self.get_buffer(f"{name}_")[which].unsqueeze(-1) for name in ["bases", *self.names]}
+            base = constants.pop("bases")
+            torch.add(self.compute(shaped[which], constants | self.arrays), base, out=placed[which])
+        self._observe(ids)
         return placed
 
-    def _by_feature(self, ids: Tensor) -> bool:
-        """Whether features are quicker one by one: what is computed on the way stays in the cache."""
-        if self.fused or self.encoding.adaptive or ids.is_cuda:
-            return False
-        return len(self.features) > 1 and len(ids) * len(self.widths) > IN_CACHE
-
-    def _features(self, ids: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, list[int], slice]]:
-        return ((part, [len(part)], slice(i, i + 1)) for i, part in enumerate(ids.split(list(sizes))))
+    def _in_turn(self, ids: Tensor) -> list[slice]:
+        """The features that are computed together: all of them; or, so that all stays in the cache, one by one."""
+        if self.fused or self.encoding.adaptive or ids.is_cuda or len(ids) * len(self.widths) <= IN_CACHE:
+            return [slice(None)]
+        return [slice(i, i + 1) for i in range(len(self.features))]
 
     def _rows(self, ids: Tensor, sizes: Sequence[int], which: slice) -> Tensor:
-        """The rows of some of the features."""
+        """The rows [N, K] of some of the features."""
         same = len(set(sizes)) == 1
         shaped = ids.view(len(sizes), sizes[0], 1) if same else ids.unsqueeze(-1)
         constants = {name: self._spread(name, sizes, which) for name in self.names}
         rows = self.compute(shaped, constants | self.arrays)
+        self._observe(ids)
+        return rows.flatten(0, 1) if same else rows
+
+    def _observe(self, ids: Tensor) -> None:
+        """Lets an adaptive encoding take note of ids."""
         if self.training and self.encoding.adaptive:
             with torch.no_grad():
                 self.encoding.observe(self.everyones(ids), self.arrays)
-        return rows.flatten(0, 1) if same else rows
 
     def placed(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """int64 [N, K]: rows [N, K] of the parts' tables as rows of the lookup's matrices."""

@@ -13,8 +13,6 @@ vectors instead of N. Where it is not (a product), each id is combined before ba
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +23,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embtab.blocks import Arrays, Block, bases_of, make_blocks
+from embtab.compiler import compiler
 from embtab.cut import Cut
 from embtab.drawing import Draw, generator
 from embtab.errors import UserError
@@ -165,9 +164,8 @@ class Collection(nn.Module):
         Raises:
             UserError: when there is neither a C++ compiler nor a GPU.
         """
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None and not torch.cuda.is_available():
-            raise UserError(f"compile_rows: there is no C++ compiler {compiler!r}; install it, or set CXX to another")
+        if not torch.cuda.is_available():
+            compiler("compile_rows")
         for block in self._each_block():
             block.fuse()
 

@@ -58,7 +58,7 @@ class FbgemmLookup(StackedLookup):
         if torch.is_inference_mode_enabled():  # which the training kernel does not know
             with torch.inference_mode(False), torch.no_grad():
                 return self.sum_bags(width, rows, offsets, weights)
-        sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows, offsets, weights)
+        sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows.flatten(), offsets, weights)
         return sums if width == padded(width) else sums[:, :width]
 
     def optimizer_state(self) -> dict[str, Tensor]:

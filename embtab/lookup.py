@@ -58,7 +58,8 @@ class Request:
 
     Args:
         width: W.
-        rows: int64 [N], offset by the tables' `base`, slot after slot.
+        rows: int64 [N], offset by the tables' `base`, slot after slot; to a lookup of stacked tables [B, F] or
+            [B, F, K] as well, where every row is a bag, and best in the order [F, K, B] in memory.
         lengths: int64 [B], rows in each bag, equally many bags a slot; None where every row is a bag of its own.
         weights: float32 [N] factors of the rows, or None.
         slots: who asks: one name per feature and part, see `slot`. Only a backend that shards tables needs them.
@@ -158,7 +159,10 @@ class StackedLookup(Lookup):
 
     @abstractmethod
     def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        """[B, W]: sums of (weighted) rows; bag b holds rows[offsets[b]:offsets[b + 1]], without offsets rows[b]."""
+        """[B, W]: sums of (weighted) rows; bag b holds rows[offsets[b]:offsets[b + 1]], without offsets rows[b].
+
+        Without offsets rows may have more dimensions than one, see `Request`.
+        """
 
     def table(self, name: str) -> Tensor:
         """A part of the matrix."""
@@ -175,7 +179,7 @@ class StackedLookup(Lookup):
             if len(group) == 1:  # a split would copy the gradient
                 answers[chosen[0]] = sums
                 continue
-            sizes = [len(r.rows) if r.lengths is None else len(r.lengths) for r in group]
+            sizes = [r.rows.numel() if r.lengths is None else len(r.lengths) for r in group]
             for i, part in zip(chosen, sums.split(sizes), strict=True):
                 answers[i] = part
         return [answer for answer in answers if answer is not None]
@@ -183,14 +187,14 @@ class StackedLookup(Lookup):
 
 def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows, bag offsets (None where every row is a bag) and weights of several requests, one after the other."""
-    rows = _cat([request.rows for request in group])
+    rows = group[0].rows if len(group) == 1 else torch.cat([request.rows.flatten() for request in group])
     offsets = None
     if any(request.lengths is not None for request in group):
-        lengths = _cat([torch.ones_like(r.rows) if r.lengths is None else r.lengths for r in group])
+        lengths = _cat([torch.ones_like(r.rows).flatten() if r.lengths is None else r.lengths for r in group])
         offsets = F.pad(lengths.cumsum(0), (1, 0))
     if all(request.weights is None for request in group):
         return rows, offsets, None
-    ones = [r.weights if r.weights is not None else torch.ones(len(r.rows), device=rows.device) for r in group]
+    ones = [r.weights if r.weights is not None else torch.ones(r.rows.numel(), device=rows.device) for r in group]
     return rows, offsets, _cat(ones)
 
 
@@ -219,9 +223,9 @@ class TorchLookup(StackedLookup):
     def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
         """Sums by torch's own embedding bag."""
         return F.embedding_bag(
-            rows,
+            rows.flatten(),
             self.get_parameter(f"width{width}"),
-            torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets,
+            torch.arange(rows.numel() + 1, device=rows.device) if offsets is None else offsets,
             mode="sum",
             sparse=self.sparse,
             per_sample_weights=weights,
@@ -250,9 +254,14 @@ def make_lookup(
         from embtab.fbgemm import FbgemmLookup
 
         return FbgemmLookup(tables, device, optimizer or Optimizer())
+    if backend == "native":
+        from embtab.native import NativeLookup, check_device
+
+        check_device(torch.device(device))
+        return NativeLookup(tables, optimizer or Optimizer())
     if backend == "torch":
         if optimizer is not None:
             raise UserError("the torch backend has no optimizer of its own; give tables.parameters() to a torch one")
         return TorchLookup(tables, device)
     hint = "; tables are sharded by the Trainer's strategy, embtab.TorchRecStrategy()" if backend == "torchrec" else ""
-    raise UserError(f"unknown lookup backend {backend!r}; there are torch and fbgemm{hint}")
+    raise UserError(f"unknown lookup backend {backend!r}; there are torch, fbgemm and native{hint}")

@@ -92,11 +92,11 @@ class Bare(Way):
         rows: dict[int, Tensor] = {}
         for block in blocks:
             sizes = cut.sizes_of(block.places)
-            placed = block.placed_rows(cut.ids_of(block.places), sizes).squeeze(-1)
+            placed = block.placed_rows(cut.ids_of(block.places), sizes).flatten()
             rows |= zip(block.places, placed.split(sizes), strict=True)
         together = placed if len(blocks) == 1 else torch.cat([rows[place] for place in self.places])
         if self.each:
-            asked, lengths = together.view(len(self.places), -1).t().flatten(), None
+            asked, lengths = together.view(len(self.places), -1).t(), None
         else:
             asked, lengths = together, cut.lengths_of(self.places)
         self.requests = [Request(blocks[0].widths[0], asked, lengths)]
@@ -112,20 +112,18 @@ class OneEach(Way):
 
     def __init__(self, block: Block, cut: Cut) -> None:
         self.block, self.places, self.stride = block, block.places, cut.stride
-        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
-        rows = rows.view(len(block.places), cut.stride, -1).transpose(0, 1)
+        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places)).permute(2, 0, 1)
         asked = [rows] if len(set(block.widths)) == 1 else rows.unbind(-1)
-        self.requests = [Request(width, part.flatten(), None) for width, part in zip(block.widths, asked, strict=False)]
+        self.requests = [Request(width, part, None) for width, part in zip(block.widths, asked, strict=False)]
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """The ids' vectors [B, F, D]."""
-        shape = (self.stride, len(self.places))
-        found = [next(answers) for _ in self.requests]
-        if len(found) < len(self.block.widths):
-            parts: Sequence[Tensor] = found[0].view(*shape, len(self.block.widths), -1).unbind(2)
-        else:
-            parts = [part.view(*shape, -1) for part in found]
-        return self.block.encoding.combine(parts, self.block.arrays)
+        encoding, count = self.block.encoding, len(self.block.widths)
+        found = [next(answers).view(self.stride, len(self.places), -1) for _ in self.requests]
+        if len(found) == 1 and encoding.side_by_side:
+            return found[0]
+        parts = found[0].unflatten(-1, (count, -1)).unbind(2) if len(found) < count else found
+        return encoding.combine(parts, self.block.arrays)
 
 
 class PerDistinctId(Way):

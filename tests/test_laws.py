@@ -15,7 +15,7 @@ import embtab as et
 from embtab import reader
 from embtab.errors import UserError
 
-BACKENDS = ["torch", "fbgemm"]
+BACKENDS = ["torch", "fbgemm", "native"]
 LR = 0.01  # small, because products of parts diverge soon
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -44,7 +44,7 @@ class Tables:
 def make_tables(
     name: str, case: Case, budget: str, optimizer: str, device: torch.device, precision: str = "fp32"
 ) -> Tables:
-    """Tables by name: "torchrec", "nn.EmbeddingBag", or a method of ours such as "qr", "qr:op=sum" or "hash+compiled".
+    """Tables by name: "torchrec", "nn.EmbeddingBag", or a method of ours: "qr", "qr:op=sum", "hash@native+compiled".
 
     Args:
         name: of the arm.
@@ -61,13 +61,15 @@ def make_tables(
         return _torchrec(case, optimizer, device)
     if name == TORCH:
         return _torch(case, device)
+    arm = name
     name, _, compiled = name.partition("+")
-    if compiled not in ("", "compiled"):
-        raise UserError(f"arm {name}+{compiled}: a method may be followed by +compiled only")
+    name, _, backend = name.partition("@")
+    if compiled not in ("", "compiled") or backend not in ("", "native", "fbgemm"):
+        raise UserError(f"arm {arm}: a method may be followed by @native or @fbgemm, and then +compiled, only")
     method, _, options = name.partition(":")
     chosen = {"name": method} | dict(read_option(option) for option in options.split(",") if option)
     planned = plan(case.features, chosen, None if method == "dense" else budget, case.dim, precision=precision)
-    tables = EmbeddingBagCollection(planned, optimizer=Optimizer(optimizer, LR), device=device)
+    tables = EmbeddingBagCollection(planned, backend or "fbgemm", Optimizer(optimizer, LR), device=device)
     if compiled:
         tables.compile_rows()
     return Tables(lambda batch: tables(batch).values(), _nothing, tables)

@@ -178,6 +178,11 @@ class Encoding(ABC):
     """Whether a vector is one row of width D as it stands, so that `combine` has nothing to do."""
 
     @property
+    def side_by_side(self) -> bool:
+        """Whether a vector is its parts one after the other, so that `combine` only moves them together."""
+        return False
+
+    @property
     def linear(self) -> bool:
         """Whether `combine` commutes with a weighted sum over a bag, so that pooled parts may be combined."""
         return True
@@ -207,11 +212,14 @@ class Encoding(ABC):
     @staticmethod
     @abstractmethod
     def rows(ids: Array, c: Mapping[str, Array]) -> Array:
-        """int64 [N, K]: the row of each part. Operators only, so that it runs on torch and on NumPy and exports.
+        """The row of each part, elementwise. Operators only, so that it runs on torch and on NumPy and exports.
 
         Args:
-            ids: int64 [N, 1].
-            c: the constants, each int64 [N or 1, K or 1], and the integer arrays by name.
+            ids: int64 of any shape, as [N, 1].
+            c: the constants, whose shapes fit that of the ids, as [N or 1, K or 1], and the integer arrays by name.
+
+        Returns:
+            int64 of the shape that ids and constants have together, as [N, K].
         """
 
     @abstractmethod

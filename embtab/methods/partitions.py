@@ -60,6 +60,11 @@ class Partitions(Encoding):
             raise UserError(f"partitions: moduli of kind 'crt' must be pairwise co-prime; got {self.moduli}")
 
     @property
+    def side_by_side(self) -> bool:
+        """For concatenation."""
+        return self.op == "concat"
+
+    @property
     def linear(self) -> bool:
         """A product of sums is not the sum of products."""
         return self.op != "product"

@@ -35,6 +35,11 @@ class QR(Encoding):
     method: ClassVar[str] = "qr"
 
     @property
+    def side_by_side(self) -> bool:
+        """For concatenation."""
+        return self.op == "concat"
+
+    @property
     def linear(self) -> bool:
         """A product of sums is not the sum of products."""
         return self.op != "product"

@@ -42,6 +42,11 @@ class Robe(Encoding):
 
     method: ClassVar[str] = "robe"
 
+    @property
+    def side_by_side(self) -> bool:
+        """Always."""
+        return True
+
     def constants(self) -> dict[str, tuple[int, ...]]:
         """Per part its chunk's seed and its place in the chunk; and how many rows a chunk may start at."""
         return {

@@ -33,6 +33,11 @@ class Unified(Encoding):
 
     method: ClassVar[str] = "unified"
 
+    @property
+    def side_by_side(self) -> bool:
+        """Always."""
+        return True
+
     def constants(self) -> dict[str, tuple[int, ...]]:
         """A seed per chunk and the number of rows."""
         return {"seed": self.seeds, "num_rows": (self.num_rows,)}
