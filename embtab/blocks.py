@@ -137,22 +137,22 @@ class Block(nn.Module):
         return torch.cat([self._rows(part, [size], which) for part, size, which in each])
 
     def placed_rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The same as rows of the lookup's matrices; for encodings that have all parts of every id.
-
-        Returns:
-            int64 [F, K, n] where every feature has n ids, else [N, K].
-        """
-        if len(set(sizes)) > 1:
-            return self.placed(self.rows(ids, sizes), sizes)
+        """int64 [K, N]: the same as rows of the lookup's matrices; for encodings that have all parts of every id."""
         # Ids last: there are many of them, and loops over the last dimension are the quick ones.
-        shaped = ids.view(len(sizes), 1, -1)
-        placed = ids.new_empty(len(sizes), len(self.widths), shaped.shape[-1])
-        for which in self._in_turn(ids):
-            constants = {name: self.get_buffer(f"{name}_")[which].unsqueeze(-1) for name in ["bases", *self.names]}
+        same = len(set(sizes)) == 1
+        shaped = ids.view(1, len(sizes), -1) if same else ids.unsqueeze(0)
+        placed = ids.new_empty(len(self.widths), *shaped.shape[1:])
+        for which in self._in_turn(ids) if same else [slice(None)]:
+            constants = {name: self._by_part(name, sizes, which) for name in ["bases", *self.names]}
             base = constants.pop("bases")
-            torch.add(self.compute(shaped[which], constants | self.arrays), base, out=placed[which])
+            torch.add(self.compute(shaped[:, which], constants | self.arrays), base, out=placed[:, which])
         self._observe(ids)
-        return placed
+        return placed.view(len(self.widths), len(ids))
+
+    def _by_part(self, name: str, sizes: Sequence[int], which: slice) -> Tensor:
+        """A constant [F, K] as [K, F, 1], or as [K, N] where features have different numbers of ids."""
+        constant = self._spread(name, sizes, which)
+        return constant.permute(2, 0, 1) if constant.dim() == 3 else constant.t()
 
     def _in_turn(self, ids: Tensor) -> list[slice]:
         """The features that are computed together: all of them; or, so that all stays in the cache, one by one."""

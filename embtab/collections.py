@@ -29,12 +29,12 @@ from embtab.drawing import Draw, generator
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import seed_of
-from embtab.lookup import Lookup, Optimizer, Request, StackedLookup, make_lookup
+from embtab.lookup import Lookup, Optimizer, Request, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
 from embtab.unmade import Unmade
-from embtab.ways import PerDistinctId, Way, once, ways_of
+from embtab.ways import Joined, PerDistinctId, Way, joins, once, ways_of
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class EmbeddingBagCollection(Collection):
     def asked(self, features: KeyedJaggedTensor) -> Asked:
         """How a batch is computed, and what the lookup is asked for that."""
         cut = Cut(features, self.names)
-        ways = ways_of(cut, list(self._each_block()), self.pools, isinstance(self.lookup, StackedLookup))
+        ways = ways_of(cut, list(self._each_block()), self.pools, self.lookup)
         return Asked(cut, ways, [request for way in ways for request in way.requests])
 
     def _divided(self, sums: Tensor, cut: Cut) -> Tensor:
@@ -292,18 +292,19 @@ class EmbeddingCollection(Collection):
         cut, blocks = Cut(features, self.names), list(self._each_block())
         for block in blocks:
             block.check(cut)
-        stacked = isinstance(self.lookup, StackedLookup)
-        able = [block for block in once(cut, blocks) if not block.encoding.bare] if stacked else []
-        way = PerDistinctId(able, cut, pooled=False) if able else None
-        requests = [] if way is None else list(way.requests)
-        rest = [block for block in blocks if block not in able]
+        ways: list[Joined | PerDistinctId] = [Joined(b, cut, pooled=False) for b in blocks if joins(self.lookup, b)]
+        rest = [block for block in blocks if not joins(self.lookup, block)]
+        if able := [block for block in once(cut, rest, self.lookup) if not block.encoding.bare]:
+            ways.append(PerDistinctId(able, cut, pooled=False))
+            rest = [block for block in rest if block not in able]
+        requests = [request for way in ways for request in way.requests]
         all_rows = []
         for block in rest:
             sizes = cut.sizes_of(block.places)
             all_rows.append(block.rows(cut.ids_of(block.places), sizes))
             requests += block.requests(all_rows[-1], sizes, None, None)
         answers = iter(self.lookup(requests))
-        found = [] if way is None else [(way.places, way.each(answers))]
+        found = [(way.places, way.each(answers)) for way in ways]
         each = zip(rest, all_rows, strict=True)
         found += [(block.places, block.combine(rows, answers, None)) for block, rows in each]
         outputs = {place: values for places, vectors in found for place, values in self._cut(vectors, places, cut)}

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embtab.lookup import Optimizer, StackedLookup, padded
+from embtab.lookup import Optimizer, SummingLookup, padded
 from embtab.methods import Table
 
 FEW_THREADS = 4
 """Up to which the compiled loop is worth it: it runs in one thread, the made code in as many as torch has."""
 
 
-class FbgemmLookup(StackedLookup):
+class FbgemmLookup(SummingLookup):
     """fbgemm's table-batched lookups with the optimizer fused into backward; fastest, and no gradient is ever stored.
 
     The tables are no torch parameters: `parameters()` does not list them, and no outer optimizer can touch them.
@@ -58,7 +58,7 @@ class FbgemmLookup(StackedLookup):
         if torch.is_inference_mode_enabled():  # which the training kernel does not know
             with torch.inference_mode(False), torch.no_grad():
                 return self.sum_bags(width, rows, offsets, weights)
-        sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows.flatten(), offsets, weights)
+        sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows, offsets, weights)
         return sums if width == padded(width) else sums[:, :width]
 
     def optimizer_state(self) -> dict[str, Tensor]:

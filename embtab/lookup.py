@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,12 +59,15 @@ class Request:
 
     Args:
         width: W.
-        rows: int64 [N], offset by the tables' `base`, slot after slot; to a lookup of stacked tables [B, F] or
-            [B, F, K] as well, where every row is a bag, and best in the order [F, K, B] in memory.
+        rows: int64 [N], offset by the tables' `base`, slot after slot.
         lengths: int64 [B], rows in each bag, equally many bags a slot; None where every row is a bag of its own.
         weights: float32 [N] factors of the rows, or None.
         slots: who asks: one name per feature and part, see `slot`. Only a backend that shards tables needs them.
         sizes: rows of each slot.
+        joining: only for a lookup that `joins`: rows are int64 [K, N], and the K rows of an id become a vector of V
+            numbers in this way (see `JOININGS`).
+        features: F, where rows are joined: bags are those of F features, one feature after the other, and their sums
+            are wanted as [B, F, V].
     """
 
     width: int
@@ -72,6 +76,8 @@ class Request:
     weights: Tensor | None = None
     slots: Sequence[str] = ()
     sizes: Sequence[int] = ()
+    joining: str = "concat"
+    features: int = 1
 
 
 def slot(feature: str, part: int) -> str:
@@ -144,7 +150,13 @@ class Lookup(NamedState):
 
 
 class StackedLookup(Lookup):
-    """Tables stacked by width."""
+    """Tables stacked by width.
+
+    Attributes:
+        joins: whether the lookup makes vectors of several rows itself.
+    """
+
+    joins: ClassVar[bool] = False
 
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__(tables)
@@ -157,17 +169,18 @@ class StackedLookup(Lookup):
     def stack(self, width: int) -> Tensor:
         """The matrix [R, W] that holds all tables of a width, detached: writing to it writes to the tables."""
 
-    @abstractmethod
-    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        """[B, W]: sums of (weighted) rows; bag b holds rows[offsets[b]:offsets[b + 1]], without offsets rows[b].
-
-        Without offsets rows may have more dimensions than one, see `Request`.
-        """
-
     def table(self, name: str) -> Tensor:
         """A part of the matrix."""
         table = self.tables[name]
         return self.stack(table.width)[self.base[name] : self.base[name] + table.num_rows]
+
+
+class SummingLookup(StackedLookup):
+    """A stacked lookup that only sums: one call for each width serves all requests."""
+
+    @abstractmethod
+    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+        """[B, W]: sums of (weighted) rows; bag b holds rows[offsets[b]:offsets[b + 1]], without offsets rows[b]."""
 
     def forward(self, requests: Sequence[Request]) -> list[Tensor]:
         """Answers each request with its sums [B, W], reading each width's matrix once."""
@@ -179,7 +192,7 @@ class StackedLookup(Lookup):
             if len(group) == 1:  # a split would copy the gradient
                 answers[chosen[0]] = sums
                 continue
-            sizes = [r.rows.numel() if r.lengths is None else len(r.lengths) for r in group]
+            sizes = [len(r.rows) if r.lengths is None else len(r.lengths) for r in group]
             for i, part in zip(chosen, sums.split(sizes), strict=True):
                 answers[i] = part
         return [answer for answer in answers if answer is not None]
@@ -187,14 +200,14 @@ class StackedLookup(Lookup):
 
 def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Rows, bag offsets (None where every row is a bag) and weights of several requests, one after the other."""
-    rows = group[0].rows if len(group) == 1 else torch.cat([request.rows.flatten() for request in group])
+    rows = _cat([request.rows for request in group])
     offsets = None
     if any(request.lengths is not None for request in group):
-        lengths = _cat([torch.ones_like(r.rows).flatten() if r.lengths is None else r.lengths for r in group])
+        lengths = _cat([torch.ones_like(r.rows) if r.lengths is None else r.lengths for r in group])
         offsets = F.pad(lengths.cumsum(0), (1, 0))
     if all(request.weights is None for request in group):
         return rows, offsets, None
-    ones = [r.weights if r.weights is not None else torch.ones(r.rows.numel(), device=rows.device) for r in group]
+    ones = [r.weights if r.weights is not None else torch.ones(len(r.rows), device=rows.device) for r in group]
     return rows, offsets, _cat(ones)
 
 
@@ -202,7 +215,7 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
-class TorchLookup(StackedLookup):
+class TorchLookup(SummingLookup):
     """Plain torch: the tables are parameters, trained by any torch optimizer. The reference.
 
     Args:
@@ -223,9 +236,9 @@ class TorchLookup(StackedLookup):
     def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
         """Sums by torch's own embedding bag."""
         return F.embedding_bag(
-            rows.flatten(),
+            rows,
             self.get_parameter(f"width{width}"),
-            torch.arange(rows.numel() + 1, device=rows.device) if offsets is None else offsets,
+            torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets,
             mode="sum",
             sparse=self.sparse,
             per_sample_weights=weights,

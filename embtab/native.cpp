@@ -1,9 +1,9 @@
 // Lookups in stacked tables, and the optimizer's step on the rows that were read. Built and called by native.py.
 //
 // Memory is waited for as little as can be: rows are asked for before they are needed, each row that occurs is updated
-// once, and vectors are written where they are wanted. No function starts threads; each does a part of the work, so
-// that callers may run several, and every number comes out the same however many do. The compiler must not fuse
-// multiplications and additions (-ffp-contract=off), so that it also comes out the same on every processor.
+// once, vectors are made of their parts on the way and written where they are wanted. No function starts threads; each
+// does a part of the work, so that callers may run several, and every number comes out the same however many do. The
+// compiler must not fuse multiplications and additions (-ffp-contract=off), so that it does on every processor, too.
 
 #include <algorithm>
 #include <cmath>
@@ -20,38 +20,29 @@
 #include <sys/mman.h>
 #endif
 
-namespace {
-
 using std::int32_t;
 using std::int64_t;
 using std::uint32_t;
 using std::uint64_t;
 
-constexpr int64_t AHEAD = 16;  // entries between asking for a row and needing it
-constexpr int64_t SAMPLES = 16;  // whose gradients are read together
-constexpr int LINE = 64;       // bytes that come together
-constexpr size_t LARGE_PAGE = 1 << 21;
-
-enum Optimizer { SGD, ADAGRAD, ROWWISE_ADAGRAD };
-
-}  // namespace
-
-// What is read: rows in bags, B bags of each of F features, one feature after the other.
+// What is read: K rows for every id; ids in bags, B of them for each of F features, one feature after the other.
 struct Batch {
-  const int64_t *rows;     // [N]
-  const int64_t *offsets;  // [F * B + 1] where bags begin; null where every row is a bag
-  const float *weights;    // [N] factors, or null
-  int64_t entries;         // N
+  const int64_t *rows;     // [K, N]
+  const int64_t *offsets;  // [F * B + 1] where bags begin; null where every id is a bag
+  const float *weights;    // [N] factors of the ids' vectors, or null
+  int64_t ids;             // N
   int64_t features;        // F
   int64_t bags;            // B
+  int64_t parts;           // K
+  int64_t op;              // how rows become a vector
+  int64_t first;           // number at which the vectors [B, F, V] begin; V = K * W where rows are joined, else W
 };
 
 struct Tables {
   float *rows;     // [R, W]
   float *moments;  // nothing, [R, W] or [R], as the optimizer has it
-  int64_t count;   // R
   int64_t width;   // W
-  int32_t optimizer;
+  int64_t optimizer;
   float lr;
   float eps;
 };
@@ -68,6 +59,16 @@ extern "C" void embtab_large_pages(void *memory, int64_t bytes) {
 }
 
 namespace {
+
+enum Op { CONCAT, SUM, PRODUCT };
+enum Optimizer { SGD, ADAGRAD, ROWWISE_ADAGRAD };
+
+constexpr int64_t AHEAD = 16;        // rows between asking for one and needing it
+constexpr int64_t LINE = 64;         // bytes that come together
+constexpr int64_t SAMPLES = 16;      // whose rows are dealt out together
+constexpr int64_t BUCKET = 1 << 18;  // bytes of gradients that are summed up together, for the second cache
+constexpr int MOST_BUCKETS = 10;     // bits
+constexpr size_t LARGE_PAGE = 1 << 21;
 
 // Has memory brought near. (Always inline: a compiler that looks at it alone finds that it does nothing.)
 template <bool FOR_WRITING>
@@ -95,36 +96,34 @@ inline void with_width(int64_t width, Work work) {
   }
 }
 
-// Where in the vectors [B, F, W] that of a bag stands, in vectors of W.
-inline int64_t place_of(const Batch batch, int64_t bag) {
-  return bag % batch.bags * batch.features + bag / batch.bags;
-}
+// Rows of the tables that a vector has side by side.
+inline int64_t rows_beside(const Batch &batch) { return batch.op == CONCAT ? batch.parts : 1; }
 
-inline int64_t start_of(const Batch batch, int64_t bag) { return batch.offsets ? batch.offsets[bag] : bag; }
+inline int64_t start_of(const Batch &batch, int64_t bag) { return batch.offsets ? batch.offsets[bag] : bag; }
 
-// Calls visit(entry, place) for the entries of some bags, one feature after the other: as rows lie in memory.
+// Calls visit(id, vector) for the ids of some bags, one feature after the other: as rows lie in memory.
 template <class Visit>
 inline void by_feature(const Batch batch, int64_t from, int64_t to, Visit visit) {
   for (int64_t bag = from; bag < to;) {
-    const int64_t last = std::min(to, (bag / batch.bags + 1) * batch.bags);
-    int64_t place = place_of(batch, bag);
-    int64_t entry = start_of(batch, bag);
-    for (; bag < last; bag++, place += batch.features)
-      for (const int64_t stop = start_of(batch, bag + 1); entry < stop; entry++) visit(entry, place);
+    const int64_t feature = bag / batch.bags, last = std::min(to, (feature + 1) * batch.bags);
+    int64_t vector = (bag - feature * batch.bags) * batch.features + feature;
+    int64_t id = start_of(batch, bag);
+    for (; bag < last; bag++, vector += batch.features)
+      for (const int64_t stop = start_of(batch, bag + 1); id < stop; id++) visit(id, vector);
   }
 }
 
-// The same for all bags, some samples at a time, so that the vectors of these stay in the cache.
+// The same for all bags, some samples at a time: near the order of the vectors.
 template <class Visit>
 inline void by_samples(const Batch batch, Visit visit) {
   for (int64_t first = 0; first < batch.bags; first += SAMPLES)
-    for (int64_t f = 0; f < batch.features; f++) {
-      const int64_t bag = f * batch.bags + first;
-      by_feature(batch, bag, std::min(bag + SAMPLES, (f + 1) * batch.bags), visit);
+    for (int64_t feature = 0; feature < batch.features; feature++) {
+      const int64_t bag = feature * batch.bags + first;
+      by_feature(batch, bag, std::min(bag + SAMPLES, (feature + 1) * batch.bags), visit);
     }
 }
 
-// Eight numbers at once, whatever the processor's vectors; `at` need not be aligned.
+// Eight numbers at once, whatever the processor's vectors; they need not be aligned.
 typedef float Eight __attribute__((vector_size(32)));
 
 inline Eight eight(const float *at) {
@@ -149,6 +148,13 @@ inline void copy(float *out, const float *row, float weight, W width) {
   for (; x < width; x++) out[x] = weight * row[x];
 }
 
+template <class W>
+inline void multiply(float *product, const float *row, W width) {
+  int64_t x = 0;
+  for (; x + 8 <= width; x += 8) put(product + x, eight(product + x) * eight(row + x));
+  for (; x < width; x++) product[x] *= row[x];
+}
+
 // The sum of squares; always in the same order.
 template <class W>
 inline float squares(const float *row, W width) {
@@ -166,7 +172,7 @@ inline void step(const Tables tables, int64_t row, const float *gradient, W widt
   if (tables.optimizer == SGD) {
     add(values, gradient, -tables.lr, width);
   } else if (tables.optimizer == ROWWISE_ADAGRAD) {
-    const float moment = tables.moments[row] += squares(gradient, width) / static_cast<float>(width);
+    const float moment = tables.moments[row] += squares(gradient, width) / static_cast<float>(int64_t{width});
     add(values, gradient, -tables.lr / (std::sqrt(moment) + tables.eps), width);
   } else {
     float *moments = tables.moments + row * width;
@@ -177,14 +183,11 @@ inline void step(const Tables tables, int64_t row, const float *gradient, W widt
   }
 }
 
-__attribute__((always_inline)) inline void ask_for_step(const Tables &tables, int64_t row, int64_t width) {
+__attribute__((always_inline)) inline void ask_for_step(const Tables tables, int64_t row, int64_t width) {
   ask<true>(tables.rows + row * width, width);
   if (tables.optimizer == ADAGRAD) ask<true>(tables.moments + row * width, width);
   if (tables.optimizer == ROWWISE_ADAGRAD) ask<true>(tables.moments + row, 1);
 }
-
-// Whether one of `parts` callers has a row. Rows that share a cache line have the same caller.
-inline bool is_mine(int64_t row, int64_t part, int64_t parts) { return parts == 1 || (row >> 4) % parts == part; }
 
 // Memory that grows and is kept: fresh pages cost more than the work that is done in them.
 template <class T>
@@ -204,47 +207,47 @@ class Kept {
     if (!memory_) throw std::bad_alloc();
     count_ = static_cast<int64_t>(bytes / sizeof(T));
     embtab_large_pages(memory_, static_cast<int64_t>(bytes));
-    std::memset(static_cast<void *>(memory_), 0, bytes);
+    clear();
     return true;
   }
 
-  T &operator[](int64_t at) { return memory_[at]; }
+  void clear() { std::memset(static_cast<void *>(memory_), 0, static_cast<size_t>(count_) * sizeof(T)); }
+  T *at(int64_t place) { return memory_ + place; }
+  T &operator[](int64_t place) { return memory_[place]; }
 
  private:
   T *memory_ = nullptr;
   int64_t count_ = 0;
 };
 
-// The distinct rows of a batch, in the order in which they first occur.
+inline uint64_t mixed(uint32_t row) { return row * 0x9E3779B97F4A7C15u; }
+
+// Distinct rows, in the order in which they first occur.
 class Distinct {
  public:
-  // Forgets all rows and makes room for so many, all below a limit.
-  void start(int64_t most, int64_t limit) {
+  // Forgets all rows and makes room for so many, whose mixed numbers have the same upper bits.
+  void start(int64_t most, int same) {
+    same_ = same;
     bits_ = 4;
     while ((int64_t{1} << bits_) < 2 * most) bits_++;
-    const int64_t places = int64_t{1} << bits_;
-    has_own_place_ = limit <= places;
-    last_ = places - 1;
     rows_.room(most + 1);
     before_ += static_cast<uint32_t>(count_);
     count_ = 0;
-    if (!places_.room(places) && before_ <= UINT32_MAX - static_cast<uint32_t>(most)) return;
-    for (int64_t at = 0; at < places; at++) places_[at] = Place{0, 0};
+    if (!places_.room(int64_t{1} << bits_) && before_ <= UINT32_MAX - static_cast<uint32_t>(most)) return;
+    places_.clear();
     before_ = 0;
   }
 
-  __attribute__((always_inline)) void ask(int64_t row) { __builtin_prefetch(&places_[first(row)], 1); }
-
   // Where a row stands among the distinct ones.
-  int64_t slot(int64_t row) {
-    const uint32_t key = static_cast<uint32_t>(row);
-    int64_t at = first(row);
-    while (places_[at].number > before_ && places_[at].row != key) at = (at + 1) & last_;
+  uint32_t slot(uint32_t row) {
+    const uint64_t last = (uint64_t{1} << bits_) - 1;
+    uint64_t at = mixed(row) << same_ >> (64 - bits_);
+    while (places_[at].number > before_ && places_[at].row != row) at = (at + 1) & last;
     // No branch, for nobody can tell whether a row is new.
     const bool is_new = places_[at].number <= before_;
     const uint32_t number = is_new ? before_ + static_cast<uint32_t>(count_) + 1 : places_[at].number;
-    places_[at] = Place{key, number};
-    rows_[count_] = key;
+    places_[at] = Place{row, number};
+    rows_[count_] = row;
     count_ += is_new;
     return number - before_ - 1;
   }
@@ -258,69 +261,125 @@ class Distinct {
     uint32_t number;  // slots are numbered on and on, so that numbers of former batches need not be wiped out
   };
 
-  int64_t first(int64_t row) const {
-    return has_own_place_ ? row : static_cast<int64_t>((static_cast<uint64_t>(row) * 0x9E3779B97F4A7C15u) >> (64 - bits_));
-  }
-
   Kept<Place> places_;
   Kept<uint32_t> rows_;
+  int same_ = 0;
   int bits_ = 4;
-  int64_t last_ = 0;
-  bool has_own_place_ = false;
   uint32_t before_ = 0;
   int64_t count_ = 0;
 };
 
-// Sums up the gradients of every row, in the order of the vectors, and steps once on each.
+// Sums up the gradients of every row, in the order in which samples have it, and steps once on each. Rows are dealt out
+// to buckets, so that the sums of one stay in the cache; every caller has buckets of its own: part, part + parts, ...
 class Update {
  public:
-  void run(const Batch &batch, const Tables &tables, const float *gradient, int64_t part, int64_t parts) {
-    find(batch, tables, part, parts);
+  // Reads the batches and, for products, the tables; all callers have to be through before one goes on.
+  void deal(const Batch *batches, int64_t count, const Tables &tables, const float *gradient, int64_t part,
+            int64_t parts) {
+    part_ = part, parts_ = parts, has_weights_ = has_products_ = false;
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; i++) {
+      rows += batches[i].ids * batches[i].parts;
+      has_weights_ |= batches[i].weights != nullptr;
+      has_products_ |= batches[i].op == PRODUCT && batches[i].parts > 1;
+    }
+    bits_ = 1;
+    while (bits_ < MOST_BUCKETS && (rows * tables.width * static_cast<int64_t>(sizeof(float)) >> bits_) > BUCKET) bits_++;
+    while ((int64_t{1} << bits_) < 4 * parts) bits_++;
+    ends_.assign((size_t{1} << bits_) + 1, 0);
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t at = 0; at < batches[i].ids * batches[i].parts; at++)
+        ends_[bucket_of(static_cast<uint32_t>(batches[i].rows[at])) + 1]++;
+    for (int64_t bucket = 0; bucket < int64_t{1} << bits_; bucket++)
+      ends_[bucket + 1] = ends_[bucket] + (is_mine(bucket) ? ends_[bucket + 1] : 0);
+    items_.room(ends_.back() + 1);
+    if (has_weights_) weights_.room(ends_.back() + 1);
+    if (has_products_) products_.room((ends_.back() + 1) * tables.width);
+    next_.assign(ends_.begin(), ends_.end());
+    for (int64_t i = 0; i < count; i++)
+      with_width(tables.width, [&](auto width) { deal_out(batches[i], tables, gradient, width); });
+  }
+
+  void run(const Tables &tables, const float *gradient) {
     with_width(tables.width, [&](auto width) {
-      add_up(batch, gradient, width);
-      step_all(tables, width);
+      for (int64_t bucket = part_; bucket < int64_t{1} << bits_; bucket += parts_) work(bucket, tables, gradient, width);
     });
   }
 
-  void find(const Batch &batch, const Tables &tables, int64_t part, int64_t parts) {
-    distinct_.start(std::min(batch.entries, tables.count), tables.count);
-    slots_.room(batch.entries);
-    for (int64_t i = 0; i < batch.entries; i++) {
-      if (i + AHEAD < batch.entries) distinct_.ask(batch.rows[i + AHEAD]);
-      slots_[i] = is_mine(batch.rows[i], part, parts) ? static_cast<int32_t>(distinct_.slot(batch.rows[i])) : OTHERS;
-    }
-  }
-
-  template <class W>
-  void add_up(const Batch batch, const float *gradient, W width) {
-    sums_.room((distinct_.count() + 1) * width);
-    std::memset(&sums_[0], 0, sizeof(float) * distinct_.count() * width);
-    const auto visit = [batch, gradient, width, slots = &slots_[0], sums = &sums_[0]](int64_t entry, int64_t place) {
-      const int64_t slot = slots[entry];
-      if (slot == OTHERS) return;
-      const float weight = batch.weights ? batch.weights[entry] : 1.0f;
-      add(sums + slot * width, gradient + place * width, weight, width);
-    };
-    by_samples(batch, visit);
-  }
-
-  template <class W>
-  void step_all(const Tables tables, W width) {
-    for (int64_t slot = 0; slot < distinct_.count(); slot++) {
-      if (slot + AHEAD < distinct_.count()) ask_for_step(tables, distinct_.row(slot + AHEAD), width);
-      step(tables, distinct_.row(slot), &sums_[slot * width], width);
-    }
-  }
-
  private:
-  static constexpr int32_t OTHERS = -1;
+  struct Item {
+    uint32_t row;
+    uint32_t place;  // of its gradient, in rows; OWN where that is among the products
+  };
+  static constexpr uint32_t OWN = UINT32_MAX;
 
+  int64_t bucket_of(uint32_t row) const { return static_cast<int64_t>(mixed(row) >> (64 - bits_)); }
+  bool is_mine(int64_t bucket) const { return parts_ == 1 || bucket % parts_ == part_; }
+
+  template <class W>
+  void deal_out(const Batch &batch, const Tables tables, const float *gradient, W width) {
+    const bool products = batch.op == PRODUCT && batch.parts > 1;
+    const int64_t beside = rows_beside(batch), first = batch.first / width;
+    for (int64_t k = 0; k < batch.parts; k++) {
+      const int64_t *rows = batch.rows + k * batch.ids;
+      const int64_t place = first + (beside > 1 ? k : 0);
+      by_samples(batch, [=, next = next_.data(), items = items_.at(0), bits = bits_](int64_t id, int64_t vector) {
+        const uint32_t row = static_cast<uint32_t>(rows[id]);
+        const int64_t bucket = static_cast<int64_t>(mixed(row) >> (64 - bits));
+        if (!is_mine(bucket)) return;
+        const int64_t at = next[bucket]++;
+        items[at] = Item{row, products ? OWN : static_cast<uint32_t>(place + vector * beside)};
+        if (has_weights_) weights_[at] = batch.weights ? batch.weights[id] : 1.0f;
+        if (!products) return;
+        float *product = products_.at(at * width);
+        copy(product, gradient + batch.first + vector * width, 1.0f, width);
+        for (int64_t other = 0; other < batch.parts; other++)
+          if (other != k) multiply(product, tables.rows + batch.rows[other * batch.ids + id] * width, width);
+      });
+    }
+  }
+
+  template <class W>
+  void work(int64_t bucket, const Tables tables, const float *gradient, W width) {
+    const int64_t first = ends_[bucket], count = ends_[bucket + 1] - first;
+    const Item *items = items_.at(first);
+    distinct_.start(count, bits_);
+    slots_.room(count + 1);
+    for (int64_t i = 0; i < count; i++) slots_[i] = distinct_.slot(items[i].row);
+    const int64_t found = distinct_.count();
+    sums_.room((found + 1) * width);
+    float *sums = sums_.at(0);
+    const uint32_t *slots = slots_.at(0);
+    const float *weights = has_weights_ ? weights_.at(first) : nullptr;
+    const float *products = has_products_ ? products_.at(first * width) : nullptr;
+    const auto gradient_of = [=](int64_t i) {
+      if (products && items[i].place == OWN) return products + i * width;
+      return gradient + static_cast<int64_t>(items[i].place) * width;
+    };
+    std::memset(sums, 0, sizeof(float) * found * width);
+    for (int64_t i = 0; i < count; i++) {
+      if (i + AHEAD < count) ask<false>(gradient_of(i + AHEAD), width);
+      add(sums + slots[i] * int64_t{width}, gradient_of(i), weights ? weights[i] : 1.0f, width);
+    }
+    for (int64_t slot = 0; slot < found; slot++) {
+      if (slot + AHEAD < found) ask_for_step(tables, distinct_.row(slot + AHEAD), width);
+      step(tables, distinct_.row(slot), sums + slot * width, width);
+    }
+  }
+
+  int64_t part_ = 0, parts_ = 1;
+  int bits_ = 1;
+  bool has_weights_ = false, has_products_ = false;
+  std::vector<int64_t> ends_, next_;
+  Kept<Item> items_;
+  Kept<float> weights_;
+  Kept<float> products_;
   Distinct distinct_;
-  Kept<int32_t> slots_;
+  Kept<uint32_t> slots_;
   Kept<float> sums_;
 };
 
-// Updates that nobody is running.
+// Updates that nobody is running, for their memory.
 std::mutex idle_lock;
 std::vector<std::unique_ptr<Update>> idle;
 
@@ -332,51 +391,93 @@ std::unique_ptr<Update> taken() {
   return last;
 }
 
-void given_back(std::unique_ptr<Update> update) {
-  const std::lock_guard<std::mutex> lock(idle_lock);
-  idle.push_back(std::move(update));
-}
-
 }  // namespace
 
 extern "C" {
 
-// out [B, F, W]: sums over the bags from .. to of F * B.
+// Vectors [B, F, V] in out: the sums over the bags from .. to of F * B.
 void embtab_sum_bags(const Batch *given, const Tables *tables, float *out, int64_t from, int64_t to) {
   with_width(tables->width, [batch = *given, table = tables->rows, out, from, to](auto width) {
+    const int64_t size = rows_beside(batch) * width;
+    float *vectors = out + batch.first;
     if (batch.offsets)
-      for (int64_t bag = from; bag < to; bag++)
-        std::memset(out + place_of(batch, bag) * width, 0, sizeof(float) * width);
-    by_feature(batch, from, to, [=](int64_t entry, int64_t place) {
-      if (entry + AHEAD < batch.entries) ask<false>(table + batch.rows[entry + AHEAD] * width, width);
-      const float *row = table + batch.rows[entry] * width;
-      const float weight = batch.weights ? batch.weights[entry] : 1.0f;
-      if (batch.offsets)
-        add(out + place * width, row, weight, width);
-      else
-        copy(out + place * width, row, weight, width);
-    });
+      for (int64_t bag = from; bag < to; bag++) {
+        const int64_t vector = bag % batch.bags * batch.features + bag / batch.bags;
+        std::memset(vectors + vector * size, 0, sizeof(float) * size);
+      }
+    if (batch.op == PRODUCT && batch.parts > 1) {
+      std::vector<float> product(static_cast<size_t>(width));
+      by_feature(batch, from, to, [=, product = product.data()](int64_t id, int64_t vector) {
+        for (int64_t k = 0; k < batch.parts && id + AHEAD < batch.ids; k++)
+          ask<false>(table + batch.rows[k * batch.ids + id + AHEAD] * width, width);
+        copy(product, table + batch.rows[id] * width, batch.weights ? batch.weights[id] : 1.0f, width);
+        for (int64_t k = 1; k < batch.parts; k++) multiply(product, table + batch.rows[k * batch.ids + id] * width, width);
+        if (batch.offsets)
+          add(vectors + vector * size, product, 1.0f, width);
+        else
+          copy(vectors + vector * size, product, 1.0f, width);
+      });
+      return;
+    }
+    for (int64_t k = 0; k < batch.parts; k++) {
+      const int64_t *rows = batch.rows + k * batch.ids;
+      float *first = vectors + (batch.op == CONCAT ? k * width : 0);
+      const bool adds = batch.offsets || (k > 0 && batch.op != CONCAT);
+      by_feature(batch, from, to, [=](int64_t id, int64_t vector) {
+        if (id + AHEAD < batch.ids) ask<false>(table + rows[id + AHEAD] * width, width);
+        const float *row = table + rows[id] * width;
+        const float weight = batch.weights ? batch.weights[id] : 1.0f;
+        if (adds)
+          add(first + vector * size, row, weight, width);
+        else
+          copy(first + vector * size, row, weight, width);
+      });
+    }
   });
 }
 
-// out [N]: the gradients of the weights of the bags from .. to.
-void embtab_weight_gradients(const Batch *batch, const Tables *tables, const float *gradient, float *out, int64_t from,
+// out [N]: the gradients of the weights of the bags from .. to; gradient: that of the vectors.
+void embtab_weight_gradients(const Batch *given, const Tables *tables, const float *gradient, float *out, int64_t from,
                              int64_t to) {
-  const int64_t width = tables->width;
-  by_feature(*batch, from, to, [=](int64_t entry, int64_t place) {
-    const float *row = tables->rows + batch->rows[entry] * width, *above = gradient + place * width;
+  const Batch batch = *given;
+  const int64_t width = tables->width, beside = rows_beside(batch);
+  by_feature(batch, from, to, [=](int64_t id, int64_t vector) {
+    const float *above = gradient + batch.first + vector * beside * width;
     float sum = 0;
-    for (int64_t x = 0; x < width; x++) sum += row[x] * above[x];
-    out[entry] = sum;
+    for (int64_t x = 0; x < width; x++) {
+      float product = 1;
+      for (int64_t k = 0; k < batch.parts; k++) {
+        const float value = tables->rows[batch.rows[k * batch.ids + id] * width + x];
+        if (batch.op == PRODUCT)
+          product *= value;
+        else
+          sum += value * above[x + (batch.op == CONCAT ? k * width : 0)];
+      }
+      if (batch.op == PRODUCT) sum += product * above[x];
+    }
+    out[id] = sum;
   });
 }
 
-// The optimizer's step, on the rows of one of `parts` callers; gradient [B, F, W]. 1 where memory did not suffice.
-int32_t embtab_update(const Batch *batch, const Tables *tables, const float *gradient, int64_t part, int64_t parts) {
+// The optimizer's step begins, for one of `parts` callers: who gets null has no memory left, and changed nothing.
+void *embtab_begin_update(const Batch *batches, int64_t count, const Tables *tables, const float *gradient,
+                          int64_t part, int64_t parts) {
   try {
     std::unique_ptr<Update> update = taken();
-    update->run(*batch, *tables, gradient, part, parts);
-    given_back(std::move(update));
+    update->deal(batches, count, *tables, gradient, part, parts);
+    return update.release();
+  } catch (const std::bad_alloc &) {
+    return nullptr;
+  }
+}
+
+// The step itself, once all callers have begun; or, without tables, none. 1 where memory did not suffice.
+int32_t embtab_end_update(void *begun, const Tables *tables, const float *gradient) {
+  std::unique_ptr<Update> update(static_cast<Update *>(begun));
+  try {
+    if (tables) update->run(*tables, gradient);
+    const std::lock_guard<std::mutex> lock(idle_lock);
+    idle.push_back(std::move(update));
   } catch (const std::bad_alloc &) {
     return 1;
   }

@@ -4,9 +4,11 @@ What it does otherwise than a kernel for any processor:
 
 - rows are asked for sixteen entries before they are needed, and tables lie in large pages: most of a lookup in a table
   that no cache holds is waiting for memory;
-- vectors [B, F, D] are read table after table, which is nearly twice as quick as sample after sample, and written where
-  they belong, so that nothing is transposed;
-- an update sums the gradients of a row in the order of its ids and steps once; nothing is sorted;
+- vectors are read table after table, which is nearly twice as quick as sample after sample, and written where they
+  belong, [B, F, D], so that nothing is transposed; rows that make one vector together are put side by side, added or
+  multiplied on the way;
+- an update deals rows out to buckets of a cache's size, sums the gradients of each row and steps once; nothing is
+  sorted;
 - widths are not padded.
 
 Every sum has one order and no multiplication is fused with an addition, so that tables come out bit by bit the same
@@ -18,17 +20,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embtab.compiler import build
 from embtab.errors import UserError
-from embtab.lookup import OPTIMIZERS, Optimizer, StackedLookup
+from embtab.lookup import OPTIMIZERS, Optimizer, Request, StackedLookup
 from embtab.methods import Table
+from embtab.methods.base import JOININGS
 
 MAX_ROWS = 2**32
 """Rows of one width that an update can tell apart."""
@@ -50,13 +55,17 @@ class NativeLookup(StackedLookup):
         UserError: where there is no C++ compiler, or a width has 2^32 rows or more.
     """
 
+    joins = True
+
     def __init__(self, tables: Sequence[Table], optimizer: Optimizer) -> None:
         super().__init__(tables)
         self.optimizer = optimizer
         _library()
         for width, rows in self.stacked_rows.items():
             if rows >= MAX_ROWS:
-                raise UserError(f"the native backend takes fewer than 2^32 rows of one width; {rows} have width {width}")
+                raise UserError(
+                    f"the native backend takes fewer than 2^32 rows of one width; {rows} have width {width}"
+                )
         self._stacks = {width: _Stack(rows, width, optimizer) for width, rows in self.stacked_rows.items()}
         # What autograd has to see so that it comes back: the tables are not its parameters.
         self._hook = torch.zeros(0, requires_grad=True)
@@ -65,10 +74,20 @@ class NativeLookup(StackedLookup):
         """The matrix of this width."""
         return self._stacks[width].rows
 
-    def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Sums by the compiled loop; backward updates the rows."""
-        sums: Tensor = _Sums.apply(self._hook, weights, self._stacks[width], self.optimizer, rows, offsets)
-        return sums
+    def forward(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Answers each request with its sums: [B, W], or [B * F, V] in the order [B, F] where rows are joined."""
+        answers: dict[int, Tensor] = {}
+        for width in dict.fromkeys(request.width for request in requests):
+            chosen = [i for i, request in enumerate(requests) if request.width == width]
+            group = [requests[i] for i in chosen]
+            weights = [request.weights for request in group]
+            numbers: Tensor = _Vectors.apply(self._hook, self._stacks[width], self.optimizer, group, *weights)
+            counts = [_count_bags(request) for request in group]
+            sizes = [count * _vector_width(request) for count, request in zip(counts, group, strict=True)]
+            parts = [numbers] if len(group) == 1 else numbers.split(sizes)  # a split copies the gradient
+            for i, part, request, count in zip(chosen, parts, group, counts, strict=True):
+                answers[i] = part.view(count, _vector_width(request))
+        return [answers[i] for i in range(len(requests))]
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Second moments: [num_rows] for rowwise_adagrad, [num_rows, W] for adagrad, nothing for sgd."""
@@ -129,89 +148,102 @@ def _zeros(shape: tuple[int, ...]) -> Tensor:
     return memory.zero_()
 
 
-class _Sums(torch.autograd.Function):
-    """Rows -> sums over bags [bags, W]; backward is the optimizer's step."""
+class _Vectors(torch.autograd.Function):
+    """Requests -> the numbers of all their vectors [bags of all, V]; backward is the optimizer's step."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hook: Tensor,
-        weights: Tensor | None,
         stack: _Stack,
         optimizer: Optimizer,
-        rows: Tensor,
-        offsets: Tensor | None,
+        requests: Sequence[Request],
+        *weights: Tensor | None,
     ) -> Tensor:
-        ctx.batch = _Batch(rows, offsets, weights)
-        ctx.stack, ctx.optimizer = stack, optimizer
-        sums = torch.empty(ctx.batch.bags, stack.rows.shape[1])
-        ctx.batch.run("embtab_sum_bags", _tables(stack, optimizer), sums.data_ptr())
-        return sums
+        ctx.stack, ctx.optimizer, ctx.read = stack, optimizer, _Read(requests)
+        numbers = torch.empty(ctx.read.numbers)
+        for i in range(len(requests)):
+            ctx.read.run(i, "embtab_sum_bags", _tables(stack, optimizer), numbers)
+        return numbers
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, batch, stack = gradient.float().contiguous(), ctx.batch, ctx.stack
-        tables = _tables(stack, ctx.optimizer)
-        of_weights = None
-        if ctx.needs_input_grad[1]:
-            of_weights = torch.empty_like(batch.weights)
-            batch.run("embtab_weight_gradients", tables, gradient.data_ptr(), of_weights.data_ptr())
-        batch.update(tables, gradient)
-        return None, of_weights, None, None, None, None
+        gradient, tables = gradient.contiguous(), _tables(ctx.stack, ctx.optimizer)
+        of_weights: list[Tensor | None] = []
+        for i, weights in enumerate(ctx.read.weights):
+            of_weights.append(torch.empty_like(weights) if ctx.needs_input_grad[4 + i] else None)
+            if of_weights[i] is not None:
+                ctx.read.run(i, "embtab_weight_gradients", tables, gradient, of_weights[i])
+        ctx.read.update(tables, gradient)
+        return None, None, None, None, *of_weights
 
 
-class _Batch:
-    """What is read, as `native.cpp` takes it.
+def _vector_width(request: Request) -> int:
+    """V: the numbers of a vector."""
+    beside = len(request.rows) if request.rows.dim() == 2 and request.joining == "concat" else 1
+    return request.width * beside
 
-    Args:
-        rows: int64 [N]; or [B, F] or [B, F, K], where every row is a bag: best in the order [F, K, B] in memory.
-        offsets: int64 [bags + 1], or None.
-        weights: float32 [N], or None.
+
+def _count_bags(request: Request) -> int:
+    return request.rows.shape[-1] if request.lengths is None else len(request.lengths)
+
+
+class _Read:
+    """What requests to tables of one width read, as `native.cpp` takes it.
+
+    Attributes:
+        numbers: of all vectors together.
+        weights: of the ids of each request, float32 [N] or None.
     """
 
-    def __init__(self, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> None:
-        by_feature = rows.flatten(1).t() if rows.dim() > 1 else rows.unsqueeze(0)
-        self.rows = by_feature.contiguous()
-        self.offsets = None if offsets is None else offsets.contiguous()
-        self.weights = None if weights is None else weights.detach().float().contiguous()
-        self.bags = rows.numel() if offsets is None else len(offsets) - 1
-        features = len(self.rows)
-        self._given = _CBatch(
-            self.rows.data_ptr(),
-            _pointer(self.offsets),
-            _pointer(self.weights),
-            rows.numel(),
-            features,
-            self.bags // features if features else 0,
-        )
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.numbers, self.ids = 0, 0
+        self.weights: list[Tensor | None] = []
+        self._kept: list[Tensor | None] = []  # so that their memory stays
+        self._batches = (_CBatch * len(requests))()
+        for i, request in enumerate(requests):
+            rows = torch.atleast_2d(request.rows.contiguous())
+            offsets = None if request.lengths is None else F.pad(request.lengths.long().cumsum(0), (1, 0))
+            weights = None if request.weights is None else request.weights.detach().float().contiguous()
+            self.weights.append(weights)
+            self._kept += [rows, offsets]
+            bags = _count_bags(request)
+            self._batches[i] = _CBatch(
+                rows.data_ptr(),
+                _pointer(offsets),
+                _pointer(weights),
+                rows.shape[1],
+                request.features,
+                bags // request.features,
+                len(rows),
+                JOININGS.index(request.joining),
+                self.numbers,
+            )
+            self.numbers += bags * _vector_width(request)
+            self.ids += rows.numel()
 
-    def run(self, name: str, tables: _CTables, *pointers: int) -> None:
-        """Calls a function for all bags, in as many threads as are worth it."""
-        function = getattr(_library(), name)
-        threads = self._threads(tables)
-        ends = [self.bags * i // threads for i in range(threads + 1)]
-        _together(
-            [
-                lambda a=a, b=b: function(ctypes.byref(self._given), ctypes.byref(tables), *pointers, a, b)
-                for a, b in zip(ends, ends[1:], strict=False)
-            ]
-        )
+    def run(self, i: int, name: str, tables: _CTables, *tensors: Tensor) -> None:
+        """Calls a function for all bags of a request, in as many threads as are worth it."""
+        function, batch = getattr(_library(), name), ctypes.byref(self._batches[i])
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        threads, bags = self._threads(tables), self._batches[i].features * self._batches[i].bags
+        ends = [bags * part // threads for part in range(threads + 1)]
+        _together([partial(function, batch, ctypes.byref(tables), *pointers, *part) for part in pairwise(ends)])
 
     def update(self, tables: _CTables, gradient: Tensor) -> None:
-        """The optimizer's step on the rows that were read, by gradients [bags, W] of their sums."""
-        function, threads = _library().embtab_update, self._threads(tables)
-        failed = _together(
-            [
-                lambda i=i: function(ctypes.byref(self._given), ctypes.byref(tables), gradient.data_ptr(), i, threads)
-                for i in range(threads)
-            ]
-        )
-        if any(failed):
-            raise MemoryError(f"no memory left for the update of {self.rows.numel()} rows")
+        """The optimizer's step on the rows that were read, by the gradients of the vectors."""
+        library, threads = _library(), self._threads(tables)
+        given = ctypes.byref(tables), gradient.data_ptr()
+        begin = partial(library.embtab_begin_update, self._batches, len(self._batches), *given)
+        begun = _together([partial(begin, part, threads) for part in range(threads)])
+        step = given if all(begun) else (None, None)
+        failed = _together([partial(library.embtab_end_update, each, *step) for each in begun if each])
+        if not all(begun) or any(failed):
+            raise MemoryError(f"no memory left for the update of {self.ids} rows")
 
     def _threads(self, tables: _CTables) -> int:
-        worth = self.rows.numel() * tables.width // WORTH_A_THREAD
+        worth = self.ids * tables.width // WORTH_A_THREAD
         return max(1, min(torch.get_num_threads(), worth))
 
 
@@ -226,31 +258,22 @@ def _together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
 
 class _CBatch(ctypes.Structure):
     _fields_ = (
-        ("rows", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("entries", ctypes.c_int64),
-        ("features", ctypes.c_int64),
-        ("bags", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("rows", "offsets", "weights")),
+        *((name, ctypes.c_int64) for name in ("ids", "features", "bags", "parts", "op", "first")),
     )
 
 
 class _CTables(ctypes.Structure):
     _fields_ = (
-        ("rows", ctypes.c_void_p),
-        ("moments", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("optimizer", ctypes.c_int32),
-        ("lr", ctypes.c_float),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("rows", "moments")),
+        *((name, ctypes.c_int64) for name in ("width", "optimizer")),
+        *((name, ctypes.c_float) for name in ("lr", "eps")),
     )
 
 
 def _tables(stack: _Stack, optimizer: Optimizer) -> _CTables:
-    count, width = stack.rows.shape
     kind = OPTIMIZERS.index(optimizer.name)
-    return _CTables(stack.rows.data_ptr(), stack.moments.data_ptr(), count, width, kind, stack.lr, optimizer.eps)
+    return _CTables(stack.rows.data_ptr(), stack.moments.data_ptr(), stack.rows.shape[1], kind, stack.lr, optimizer.eps)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -260,13 +283,14 @@ def _pointer(tensor: Tensor | None) -> int | None:
 @cache
 def _library() -> ctypes.CDLL:
     library = build(Path(__file__).with_suffix(".cpp"))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.embtab_large_pages.argtypes = [pointer, integer]
-    library.embtab_large_pages.restype = None
-    library.embtab_sum_bags.argtypes = [pointer] * 3 + [integer] * 2
-    library.embtab_sum_bags.restype = None
-    library.embtab_weight_gradients.argtypes = [pointer] * 4 + [integer] * 2
-    library.embtab_weight_gradients.restype = None
-    library.embtab_update.argtypes = [pointer] * 3 + [integer] * 2
-    library.embtab_update.restype = ctypes.c_int32
+    pointer, integer, nothing = ctypes.c_void_p, ctypes.c_int64, None
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "embtab_large_pages": (nothing, [pointer, integer]),
+        "embtab_sum_bags": (nothing, [*[pointer] * 3, *[integer] * 2]),
+        "embtab_weight_gradients": (nothing, [*[pointer] * 4, *[integer] * 2]),
+        "embtab_begin_update": (pointer, [pointer, integer, pointer, pointer, *[integer] * 2]),
+        "embtab_end_update": (ctypes.c_int32, [pointer] * 3),
+    }
+    for name, (result, arguments) in signatures.items():
+        getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
     return library

@@ -4,6 +4,7 @@
                      id, in the order of the vectors, so that nothing has to be moved.
     `OneEach`        one id in every bag, a block of any method.
     `PerDistinctId`  several parts an id, or ids combined one by one, on a CPU: each distinct id is computed once.
+    `Joined`         a lookup that makes vectors of rows itself: any batch, of methods that join rows in a plain way.
     `PerBag`         any batch. Linear methods: the lookup sums bags of parts, which are combined; the others: per id.
 
 N ids   F features   B bags per feature   K parts per id   W width of a part   D dimension
@@ -24,7 +25,7 @@ from torch import Tensor
 from embtab.blocks import Block, per_bag
 from embtab.cut import Cut
 from embtab.distinct import distinct, gathered
-from embtab.lookup import Request
+from embtab.lookup import Lookup, Request, StackedLookup
 from embtab.methods import Encoding
 
 DISTINCT_FROM = 4096
@@ -47,24 +48,25 @@ class Way(ABC):
         """Sums over bags [B, F, D] (not yet divided for features that pool by mean)."""
 
 
-def ways_of(cut: Cut, blocks: Sequence[Block], pools: Callable[[Encoding], bool], stacked: bool) -> list[Way]:
+def ways_of(cut: Cut, blocks: Sequence[Block], pools: Callable[[Encoding], bool], lookup: Lookup) -> list[Way]:
     """The ways of a batch; together they have every feature once.
 
     Args:
         cut: the batch.
         blocks: of the collection.
         pools: whether the lookup may sum bags of an encoding's parts.
-        stacked: whether the lookup takes rows in any order (one that shards tables wants them feature by feature).
+        lookup: who will be asked; one that shards tables wants rows feature by feature.
 
     Raises:
         UserError: when an id is out of range.
     """
     for block in blocks:
         block.check(cut)
-    if not stacked or cut.weighted:
-        return [PerBag(block, cut, pools(block.encoding)) for block in blocks]
-    ways: list[Way] = []
-    able = once(cut, blocks)
+    ways: list[Way] = [Joined(block, cut, pooled=True) for block in blocks if joins(lookup, block)]
+    blocks = [block for block in blocks if not joins(lookup, block)]
+    if not isinstance(lookup, StackedLookup) or cut.weighted:
+        return ways + [PerBag(block, cut, pools(block.encoding)) for block in blocks]
+    able = once(cut, blocks, lookup)
     if any(len(block.widths) != 1 or not pools(block.encoding) for block in able):
         ways.append(PerDistinctId(able, cut))
         blocks = [block for block in blocks if block not in able]
@@ -76,11 +78,42 @@ def ways_of(cut: Cut, blocks: Sequence[Block], pools: Callable[[Encoding], bool]
     return ways + [PerBag(block, cut, pools(block.encoding)) for block in blocks if block not in each]
 
 
-def once(cut: Cut, blocks: Sequence[Block]) -> list[Block]:
+def once(cut: Cut, blocks: Sequence[Block], lookup: Lookup) -> list[Block]:
     """The blocks whose distinct ids can be computed once each; none on a GPU, and for few ids."""
-    if len(cut.ids) < DISTINCT_FROM or cut.ids.is_cuda:
+    if not isinstance(lookup, StackedLookup) or len(cut.ids) < DISTINCT_FROM or cut.ids.is_cuda:
         return []
     return [block for block in blocks if not block.encoding.adaptive and block.are_numbers(cut)]
+
+
+def joins(lookup: Lookup, block: Block) -> bool:
+    """Whether a lookup makes a block's vectors of its rows."""
+    able = isinstance(lookup, StackedLookup) and lookup.joins and not block.encoding.may_skip
+    return able and block.encoding.joining is not None
+
+
+class Joined(Way):
+    """For a lookup that makes vectors itself; any bags, weighted or not.
+
+    Args:
+        pooled: whether sums over bags are wanted, or the vector of every id.
+    """
+
+    def __init__(self, block: Block, cut: Cut, pooled: bool) -> None:
+        self.places = block.places
+        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
+        lengths = cut.lengths_of(block.places) if pooled and cut.bag != 1 else None
+        joining, features = block.encoding.joining, len(block.places) if pooled else 1
+        assert joining is not None
+        weights = cut.weights_of(block.places) if pooled else None
+        self.requests = [Request(block.widths[0], rows, lengths, weights, joining=joining, features=features)]
+
+    def vectors(self, answers: Iterator[Tensor]) -> Tensor:
+        """Sums over bags [B, F, D]."""
+        return next(answers).unflatten(0, (-1, len(self.places)))
+
+    def each(self, answers: Iterator[Tensor]) -> Tensor:
+        """The vector of every id [N, D], feature after feature, where they are not pooled."""
+        return next(answers)
 
 
 class Bare(Way):
@@ -96,7 +129,7 @@ class Bare(Way):
             rows |= zip(block.places, placed.split(sizes), strict=True)
         together = placed if len(blocks) == 1 else torch.cat([rows[place] for place in self.places])
         if self.each:
-            asked, lengths = together.view(len(self.places), -1).t(), None
+            asked, lengths = together.view(len(self.places), -1).t().flatten(), None
         else:
             asked, lengths = together, cut.lengths_of(self.places)
         self.requests = [Request(blocks[0].widths[0], asked, lengths)]
@@ -112,15 +145,16 @@ class OneEach(Way):
 
     def __init__(self, block: Block, cut: Cut) -> None:
         self.block, self.places, self.stride = block, block.places, cut.stride
-        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places)).permute(2, 0, 1)
+        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
+        rows = rows.view(-1, len(block.places), cut.stride).permute(2, 1, 0)
         asked = [rows] if len(set(block.widths)) == 1 else rows.unbind(-1)
-        self.requests = [Request(width, part, None) for width, part in zip(block.widths, asked, strict=False)]
+        self.requests = [Request(width, part.flatten(), None) for width, part in zip(block.widths, asked, strict=False)]
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """The ids' vectors [B, F, D]."""
         encoding, count = self.block.encoding, len(self.block.widths)
         found = [next(answers).view(self.stride, len(self.places), -1) for _ in self.requests]
-        if len(found) == 1 and encoding.side_by_side:
+        if len(found) == 1 and encoding.joining == "concat":
             return found[0]
         parts = found[0].unflatten(-1, (count, -1)).unbind(2) if len(found) < count else found
         return encoding.combine(parts, self.block.arrays)

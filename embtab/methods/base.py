@@ -153,6 +153,10 @@ class LiveTable:
     moments: Tensor | None
 
 
+JOININGS = ("concat", "sum", "product")
+"""Rows side by side in order, their sum, their product: what a lookup may do with them while it reads them."""
+
+
 @dataclass(frozen=True)
 class Encoding(ABC):
     """How the ids of one id space become vectors of `dim` numbers.
@@ -178,9 +182,9 @@ class Encoding(ABC):
     """Whether a vector is one row of width D as it stands, so that `combine` has nothing to do."""
 
     @property
-    def side_by_side(self) -> bool:
-        """Whether a vector is its parts one after the other, so that `combine` only moves them together."""
-        return False
+    def joining(self) -> str | None:
+        """How `combine` makes a vector of its rows, if it is one of `JOININGS` and all rows have one width."""
+        return "concat" if self.bare else None
 
     @property
     def linear(self) -> bool:

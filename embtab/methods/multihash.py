@@ -44,6 +44,11 @@ class MultiHash(Encoding):
     method: ClassVar[str] = "multihash"
 
     @property
+    def joining(self) -> str | None:
+        """Their sum, unless there are scalars."""
+        return None if self.weighted else "sum"
+
+    @property
     def linear(self) -> bool:
         """Scalars and rows are both looked up, and a product of sums is not the sum of products."""
         return not self.weighted

@@ -60,9 +60,9 @@ class Partitions(Encoding):
             raise UserError(f"partitions: moduli of kind 'crt' must be pairwise co-prime; got {self.moduli}")
 
     @property
-    def side_by_side(self) -> bool:
-        """For concatenation."""
-        return self.op == "concat"
+    def joining(self) -> str:
+        """As `op` says."""
+        return self.op
 
     @property
     def linear(self) -> bool:

@@ -35,9 +35,9 @@ class QR(Encoding):
     method: ClassVar[str] = "qr"
 
     @property
-    def side_by_side(self) -> bool:
-        """For concatenation."""
-        return self.op == "concat"
+    def joining(self) -> str:
+        """As `op` says."""
+        return self.op
 
     @property
     def linear(self) -> bool:

@@ -43,9 +43,9 @@ class Robe(Encoding):
     method: ClassVar[str] = "robe"
 
     @property
-    def side_by_side(self) -> bool:
-        """Always."""
-        return True
+    def joining(self) -> str:
+        """Side by side."""
+        return "concat"
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """Per part its chunk's seed and its place in the chunk; and how many rows a chunk may start at."""

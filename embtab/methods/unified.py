@@ -34,9 +34,9 @@ class Unified(Encoding):
     method: ClassVar[str] = "unified"
 
     @property
-    def side_by_side(self) -> bool:
-        """Always."""
-        return True
+    def joining(self) -> str:
+        """Side by side."""
+        return "concat"
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """A seed per chunk and the number of rows."""
