@@ -34,7 +34,7 @@ from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
 from embtab.unmade import Unmade
-from embtab.ways import Joined, PerDistinctId, Way, joins, once, ways_of
+from embtab.ways import JoinedRows, PerDistinctId, Way, joins, once, ways_of
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,8 @@ class EmbeddingCollection(Collection):
         cut, blocks = Cut(features, self.names), list(self._each_block())
         for block in blocks:
             block.check(cut)
-        ways: list[Joined | PerDistinctId] = [Joined(b, cut, pooled=False) for b in blocks if joins(self.lookup, b)]
+        ways: list[JoinedRows | PerDistinctId] = []
+        ways += [JoinedRows([block], cut, pooled=False) for block in blocks if joins(self.lookup, block)]
         rest = [block for block in blocks if not joins(self.lookup, block)]
         if able := [block for block in once(cut, rest, self.lookup) if not block.encoding.bare]:
             ways.append(PerDistinctId(able, cut, pooled=False))

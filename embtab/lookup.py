@@ -53,6 +53,22 @@ class Optimizer:
             raise UserError(f"table optimizer: lr must be zero or more, got {self.lr!r}")
 
 
+@dataclass(frozen=True)
+class Joined:
+    """How the K rows of each id of F features become vectors of V numbers, and where their sums over bags belong.
+
+    Args:
+        joining: see `JOININGS`.
+        columns: int64 [F], of the features among those of a sample. Bags come feature after feature.
+        target: [B, C, V], the shape of an answer with a vector for each column. Requests with one and the same tuple
+            fill one answer together; each of them is given all of it.
+    """
+
+    joining: str
+    columns: Tensor
+    target: tuple[int, int, int]
+
+
 @dataclass
 class Request:
     """Rows of tables of one width, to be summed over bags.
@@ -64,10 +80,7 @@ class Request:
         weights: float32 [N] factors of the rows, or None.
         slots: who asks: one name per feature and part, see `slot`. Only a backend that shards tables needs them.
         sizes: rows of each slot.
-        joining: only for a lookup that `joins`: rows are int64 [K, N], and the K rows of an id become a vector of V
-            numbers in this way (see `JOININGS`).
-        features: F, where rows are joined: bags are those of F features, one feature after the other, and their sums
-            are wanted as [B, F, V].
+        joined: only for a lookup that `joins`: how rows [K, N] become vectors.
     """
 
     width: int
@@ -76,8 +89,7 @@ class Request:
     weights: Tensor | None = None
     slots: Sequence[str] = ()
     sizes: Sequence[int] = ()
-    joining: str = "concat"
-    features: int = 1
+    joined: Joined | None = None
 
 
 def slot(feature: str, part: int) -> str:

@@ -35,7 +35,9 @@ struct Batch {
   int64_t bags;            // B
   int64_t parts;           // K
   int64_t op;              // how rows become a vector
-  int64_t first;           // number at which the vectors [B, F, V] begin; V = K * W where rows are joined, else W
+  const int64_t *columns;  // [F] where a feature's vectors stand among those of a sample
+  int64_t across;          // vectors of a sample, C
+  int64_t first;           // number at which the vectors [B, C, V] begin; V = K * W where rows stand side by side, else W
 };
 
 struct Tables {
@@ -106,9 +108,9 @@ template <class Visit>
 inline void by_feature(const Batch batch, int64_t from, int64_t to, Visit visit) {
   for (int64_t bag = from; bag < to;) {
     const int64_t feature = bag / batch.bags, last = std::min(to, (feature + 1) * batch.bags);
-    int64_t vector = (bag - feature * batch.bags) * batch.features + feature;
+    int64_t vector = (bag - feature * batch.bags) * batch.across + batch.columns[feature];
     int64_t id = start_of(batch, bag);
-    for (; bag < last; bag++, vector += batch.features)
+    for (; bag < last; bag++, vector += batch.across)
       for (const int64_t stop = start_of(batch, bag + 1); id < stop; id++) visit(id, vector);
   }
 }
@@ -333,8 +335,12 @@ class Update {
         if (!products) return;
         float *product = products_.at(at * width);
         copy(product, gradient + batch.first + vector * width, 1.0f, width);
-        for (int64_t other = 0; other < batch.parts; other++)
-          if (other != k) multiply(product, tables.rows + batch.rows[other * batch.ids + id] * width, width);
+        for (int64_t other = 0; other < batch.parts; other++) {
+          if (other == k) continue;
+          const int64_t *others = batch.rows + other * batch.ids;
+          if (id + SAMPLES < batch.ids) ask<false>(tables.rows + others[id + SAMPLES] * width, width);
+          multiply(product, tables.rows + others[id] * width, width);
+        }
       });
     }
   }
@@ -395,14 +401,14 @@ std::unique_ptr<Update> taken() {
 
 extern "C" {
 
-// Vectors [B, F, V] in out: the sums over the bags from .. to of F * B.
+// Vectors [B, C, V] in out: the sums over the bags from .. to of F * B.
 void embtab_sum_bags(const Batch *given, const Tables *tables, float *out, int64_t from, int64_t to) {
   with_width(tables->width, [batch = *given, table = tables->rows, out, from, to](auto width) {
     const int64_t size = rows_beside(batch) * width;
     float *vectors = out + batch.first;
     if (batch.offsets)
       for (int64_t bag = from; bag < to; bag++) {
-        const int64_t vector = bag % batch.bags * batch.features + bag / batch.bags;
+        const int64_t vector = bag % batch.bags * batch.across + batch.columns[bag / batch.bags];
         std::memset(vectors + vector * size, 0, sizeof(float) * size);
       }
     if (batch.op == PRODUCT && batch.parts > 1) {

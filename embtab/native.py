@@ -18,6 +18,7 @@ with any number of threads, on any processor.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from embtab.compiler import build
 from embtab.errors import UserError
-from embtab.lookup import OPTIMIZERS, Optimizer, Request, StackedLookup
+from embtab.lookup import OPTIMIZERS, Joined, Optimizer, Request, StackedLookup
 from embtab.methods import Table
 from embtab.methods.base import JOININGS
 
@@ -75,18 +76,18 @@ class NativeLookup(StackedLookup):
         return self._stacks[width].rows
 
     def forward(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Answers each request with its sums: [B, W], or [B * F, V] in the order [B, F] where rows are joined."""
+        """Answers each request with its sums: [B, W]; or where rows are joined with [B, C, V]."""
         answers: dict[int, Tensor] = {}
         for width in dict.fromkeys(request.width for request in requests):
             chosen = [i for i, request in enumerate(requests) if request.width == width]
-            group = [requests[i] for i in chosen]
-            weights = [request.weights for request in group]
-            numbers: Tensor = _Vectors.apply(self._hook, self._stacks[width], self.optimizer, group, *weights)
-            counts = [_count_bags(request) for request in group]
-            sizes = [count * _vector_width(request) for count, request in zip(counts, group, strict=True)]
-            parts = [numbers] if len(group) == 1 else numbers.split(sizes)  # a split copies the gradient
-            for i, part, request, count in zip(chosen, parts, group, counts, strict=True):
-                answers[i] = part.view(count, _vector_width(request))
+            read = _Read([requests[i] for i in chosen])
+            weights = [requests[i].weights for i in chosen]
+            numbers: Tensor = _Vectors.apply(self._hook, self._stacks[width], self.optimizer, read, *weights)
+            shapes = read.shapes
+            sizes = [math.prod(shape) for shape in shapes]
+            parts = [numbers] if len(sizes) == 1 else numbers.split(sizes)  # a split copies the gradient
+            shaped = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            answers |= {i: shaped[at] for i, at in zip(chosen, read.answers, strict=True)}
         return [answers[i] for i in range(len(requests))]
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -149,7 +150,7 @@ def _zeros(shape: tuple[int, ...]) -> Tensor:
 
 
 class _Vectors(torch.autograd.Function):
-    """Requests -> the numbers of all their vectors [bags of all, V]; backward is the optimizer's step."""
+    """What is read -> the numbers of all answers, one after the other; backward is the optimizer's step."""
 
     @staticmethod
     def forward(
@@ -157,13 +158,13 @@ class _Vectors(torch.autograd.Function):
         hook: Tensor,
         stack: _Stack,
         optimizer: Optimizer,
-        requests: Sequence[Request],
+        read: _Read,
         *weights: Tensor | None,
     ) -> Tensor:
-        ctx.stack, ctx.optimizer, ctx.read = stack, optimizer, _Read(requests)
-        numbers = torch.empty(ctx.read.numbers)
-        for i in range(len(requests)):
-            ctx.read.run(i, "embtab_sum_bags", _tables(stack, optimizer), numbers)
+        ctx.stack, ctx.optimizer, ctx.read = stack, optimizer, read
+        numbers = torch.empty(sum(map(math.prod, read.shapes)))
+        for i in range(len(weights)):
+            read.run(i, "embtab_sum_bags", _tables(stack, optimizer), numbers)
         return numbers
 
     @staticmethod
@@ -179,49 +180,52 @@ class _Vectors(torch.autograd.Function):
         return None, None, None, None, *of_weights
 
 
-def _vector_width(request: Request) -> int:
-    """V: the numbers of a vector."""
-    beside = len(request.rows) if request.rows.dim() == 2 and request.joining == "concat" else 1
-    return request.width * beside
-
-
-def _count_bags(request: Request) -> int:
-    return request.rows.shape[-1] if request.lengths is None else len(request.lengths)
-
-
 class _Read:
     """What requests to tables of one width read, as `native.cpp` takes it.
 
     Attributes:
-        numbers: of all vectors together.
+        shapes: of the answers, which lie one after the other.
+        answers: for each request, which of them is its.
         weights: of the ids of each request, float32 [N] or None.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self.numbers, self.ids = 0, 0
+        self.shapes: list[tuple[int, ...]] = []
+        self.answers: list[int] = []
         self.weights: list[Tensor | None] = []
+        self._ids = 0
         self._kept: list[Tensor | None] = []  # so that their memory stays
         self._batches = (_CBatch * len(requests))()
+        places: dict[int, int] = {}  # of the answers, by the identity of their targets
+        targets = []  # kept, so that no two have the same
         for i, request in enumerate(requests):
             rows = torch.atleast_2d(request.rows.contiguous())
             offsets = None if request.lengths is None else F.pad(request.lengths.long().cumsum(0), (1, 0))
             weights = None if request.weights is None else request.weights.detach().float().contiguous()
+            bags = rows.shape[1] if offsets is None else len(offsets) - 1
+            joined = request.joined or Joined("concat", torch.tensor([0]), (bags, 1, request.width))
+            shape = joined.target if request.joined else (bags, request.width)
+            if id(joined.target) not in places:
+                places[id(joined.target)] = len(self.shapes)
+                self.shapes.append(shape)
+            self.answers.append(places[id(joined.target)])
+            targets.append(joined.target)
             self.weights.append(weights)
-            self._kept += [rows, offsets]
-            bags = _count_bags(request)
+            self._ids += rows.numel()
+            self._kept += [rows, offsets, joined.columns]
             self._batches[i] = _CBatch(
                 rows.data_ptr(),
                 _pointer(offsets),
                 _pointer(weights),
                 rows.shape[1],
-                request.features,
-                bags // request.features,
+                len(joined.columns),
+                joined.target[0],
                 len(rows),
-                JOININGS.index(request.joining),
-                self.numbers,
+                JOININGS.index(joined.joining),
+                joined.columns.data_ptr(),
+                joined.target[1],
+                sum(map(math.prod, self.shapes[: self.answers[i]])),
             )
-            self.numbers += bags * _vector_width(request)
-            self.ids += rows.numel()
 
     def run(self, i: int, name: str, tables: _CTables, *tensors: Tensor) -> None:
         """Calls a function for all bags of a request, in as many threads as are worth it."""
@@ -240,10 +244,10 @@ class _Read:
         step = given if all(begun) else (None, None)
         failed = _together([partial(library.embtab_end_update, each, *step) for each in begun if each])
         if not all(begun) or any(failed):
-            raise MemoryError(f"no memory left for the update of {self.ids} rows")
+            raise MemoryError(f"no memory left for the update of {self._ids} rows")
 
     def _threads(self, tables: _CTables) -> int:
-        worth = self.ids * tables.width // WORTH_A_THREAD
+        worth = self._ids * tables.width // WORTH_A_THREAD
         return max(1, min(torch.get_num_threads(), worth))
 
 
@@ -259,7 +263,9 @@ def _together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
 class _CBatch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "offsets", "weights")),
-        *((name, ctypes.c_int64) for name in ("ids", "features", "bags", "parts", "op", "first")),
+        *((name, ctypes.c_int64) for name in ("ids", "features", "bags", "parts", "op")),
+        ("columns", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("across", "first")),
     )
 
 

@@ -4,7 +4,7 @@
                      id, in the order of the vectors, so that nothing has to be moved.
     `OneEach`        one id in every bag, a block of any method.
     `PerDistinctId`  several parts an id, or ids combined one by one, on a CPU: each distinct id is computed once.
-    `Joined`         a lookup that makes vectors of rows itself: any batch, of methods that join rows in a plain way.
+    `JoinedRows`     a lookup that makes vectors of rows itself: any batch, of methods that join rows in a plain way.
     `PerBag`         any batch. Linear methods: the lookup sums bags of parts, which are combined; the others: per id.
 
 N ids   F features   B bags per feature   K parts per id   W width of a part   D dimension
@@ -25,7 +25,7 @@ from torch import Tensor
 from embtab.blocks import Block, per_bag
 from embtab.cut import Cut
 from embtab.distinct import distinct, gathered
-from embtab.lookup import Lookup, Request, StackedLookup
+from embtab.lookup import Joined, Lookup, Request, StackedLookup
 from embtab.methods import Encoding
 
 DISTINCT_FROM = 4096
@@ -62,7 +62,7 @@ def ways_of(cut: Cut, blocks: Sequence[Block], pools: Callable[[Encoding], bool]
     """
     for block in blocks:
         block.check(cut)
-    ways: list[Way] = [Joined(block, cut, pooled=True) for block in blocks if joins(lookup, block)]
+    ways: list[Way] = [JoinedRows(some, cut) for some in alike([block for block in blocks if joins(lookup, block)])]
     blocks = [block for block in blocks if not joins(lookup, block)]
     if not isinstance(lookup, StackedLookup) or cut.weighted:
         return ways + [PerBag(block, cut, pools(block.encoding)) for block in blocks]
@@ -91,29 +91,46 @@ def joins(lookup: Lookup, block: Block) -> bool:
     return able and block.encoding.joining is not None
 
 
-class Joined(Way):
+def alike(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks grouped by the widths of their rows and vectors."""
+    grouped: dict[tuple[int, int], list[Block]] = {}
+    for block in blocks:
+        grouped.setdefault((block.widths[0], block.encoding.dim), []).append(block)
+    return list(grouped.values())
+
+
+class JoinedRows(Way):
     """For a lookup that makes vectors itself; any bags, weighted or not.
 
     Args:
-        pooled: whether sums over bags are wanted, or the vector of every id.
+        blocks: whose rows have one width, and whose vectors have one.
+        cut: the batch.
+        pooled: whether sums over bags are wanted; else the vector of every id, of one block.
     """
 
-    def __init__(self, block: Block, cut: Cut, pooled: bool) -> None:
-        self.places = block.places
-        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
-        lengths = cut.lengths_of(block.places) if pooled and cut.bag != 1 else None
-        joining, features = block.encoding.joining, len(block.places) if pooled else 1
-        assert joining is not None
-        weights = cut.weights_of(block.places) if pooled else None
-        self.requests = [Request(block.widths[0], rows, lengths, weights, joining=joining, features=features)]
+    def __init__(self, blocks: Sequence[Block], cut: Cut, pooled: bool = True) -> None:
+        self.places = sorted(place for block in blocks for place in block.places)
+        self.requests = []
+        ids = [sum(cut.sizes_of(block.places)) for block in blocks]
+        target = (
+            (cut.stride, len(self.places), blocks[0].encoding.dim) if pooled else (ids[0], 1, blocks[0].encoding.dim)
+        )
+        for block in blocks:
+            rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
+            lengths = cut.lengths_of(block.places) if pooled and cut.bag != 1 else None
+            weights = cut.weights_of(block.places) if pooled else None
+            columns = torch.tensor([self.places.index(place) for place in block.places] if pooled else [0])
+            joined = Joined(str(block.encoding.joining), columns, target)
+            self.requests.append(Request(block.widths[0], rows, lengths, weights, joined=joined))
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """Sums over bags [B, F, D]."""
-        return next(answers).unflatten(0, (-1, len(self.places)))
+        together, *_ = [next(answers) for _ in self.requests]  # all the same
+        return together
 
     def each(self, answers: Iterator[Tensor]) -> Tensor:
         """The vector of every id [N, D], feature after feature, where they are not pooled."""
-        return next(answers)
+        return self.vectors(answers).squeeze(1)
 
 
 class Bare(Way):
