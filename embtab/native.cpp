@@ -150,11 +150,24 @@ inline void copy(float *out, const float *row, float weight, W width) {
   for (; x < width; x++) out[x] = weight * row[x];
 }
 
+// The product of numbers, a weight and the rows of an id, but for one part's: `without`, or -1.
 template <class W>
-inline void multiply(float *product, const float *row, W width) {
+inline void multiply(float *out, const float *numbers, float weight, const Batch &batch, const float *table, int64_t id,
+                     int64_t without, W width) {
+  const auto row_of = [&](int64_t k) { return table + batch.rows[k * batch.ids + id] * width; };
   int64_t x = 0;
-  for (; x + 8 <= width; x += 8) put(product + x, eight(product + x) * eight(row + x));
-  for (; x < width; x++) product[x] *= row[x];
+  for (; x + 8 <= width; x += 8) {
+    Eight product = weight * eight(numbers + x);
+    for (int64_t k = 0; k < batch.parts; k++)
+      if (k != without) product *= eight(row_of(k) + x);
+    put(out + x, product);
+  }
+  for (; x < width; x++) {
+    float product = weight * numbers[x];
+    for (int64_t k = 0; k < batch.parts; k++)
+      if (k != without) product *= row_of(k)[x];
+    out[x] = product;
+  }
 }
 
 // The sum of squares; always in the same order.
@@ -320,7 +333,7 @@ class Update {
 
   template <class W>
   void deal_out(const Batch &batch, const Tables tables, const float *gradient, W width) {
-    const bool products = batch.op == PRODUCT && batch.parts > 1;
+    float *products = batch.op == PRODUCT && batch.parts > 1 ? products_.at(0) : nullptr;
     const int64_t beside = rows_beside(batch), first = batch.first / width;
     for (int64_t k = 0; k < batch.parts; k++) {
       const int64_t *rows = batch.rows + k * batch.ids;
@@ -333,14 +346,10 @@ class Update {
         items[at] = Item{row, products ? OWN : static_cast<uint32_t>(place + vector * beside)};
         if (has_weights_) weights_[at] = batch.weights ? batch.weights[id] : 1.0f;
         if (!products) return;
-        float *product = products_.at(at * width);
-        copy(product, gradient + batch.first + vector * width, 1.0f, width);
-        for (int64_t other = 0; other < batch.parts; other++) {
-          if (other == k) continue;
-          const int64_t *others = batch.rows + other * batch.ids;
-          if (id + SAMPLES < batch.ids) ask<false>(tables.rows + others[id + SAMPLES] * width, width);
-          multiply(product, tables.rows + others[id] * width, width);
-        }
+        for (int64_t other = 0; other < batch.parts; other++)
+          if (other != k && id + SAMPLES < batch.ids)
+            ask<false>(tables.rows + batch.rows[other * batch.ids + id + SAMPLES] * width, width);
+        multiply(products + at * width, gradient + batch.first + vector * width, 1.0f, batch, tables.rows, id, k, width);
       });
     }
   }
@@ -412,16 +421,13 @@ void embtab_sum_bags(const Batch *given, const Tables *tables, float *out, int64
         std::memset(vectors + vector * size, 0, sizeof(float) * size);
       }
     if (batch.op == PRODUCT && batch.parts > 1) {
-      std::vector<float> product(static_cast<size_t>(width));
-      by_feature(batch, from, to, [=, product = product.data()](int64_t id, int64_t vector) {
+      std::vector<float> ones(static_cast<size_t>(width), 1.0f), sum(static_cast<size_t>(width));
+      by_feature(batch, from, to, [=, ones = ones.data(), sum = sum.data()](int64_t id, int64_t vector) {
         for (int64_t k = 0; k < batch.parts && id + AHEAD < batch.ids; k++)
           ask<false>(table + batch.rows[k * batch.ids + id + AHEAD] * width, width);
-        copy(product, table + batch.rows[id] * width, batch.weights ? batch.weights[id] : 1.0f, width);
-        for (int64_t k = 1; k < batch.parts; k++) multiply(product, table + batch.rows[k * batch.ids + id] * width, width);
-        if (batch.offsets)
-          add(vectors + vector * size, product, 1.0f, width);
-        else
-          copy(vectors + vector * size, product, 1.0f, width);
+        const float weight = batch.weights ? batch.weights[id] : 1.0f;
+        multiply(batch.offsets ? sum : vectors + vector * size, ones, weight, batch, table, id, -1, width);
+        if (batch.offsets) add(vectors + vector * size, sum, 1.0f, width);
       });
       return;
     }
