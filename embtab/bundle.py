@@ -275,7 +275,7 @@ def load(
 
     Args:
         path: a folder that `save` wrote.
-        backend: "torch" or "fbgemm".
+        backend: "torch", "fbgemm" or "native".
         collection: `EmbeddingCollection` for vectors that are not pooled.
         deltas: folders that `save_delta` wrote, in order.
 

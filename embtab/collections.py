@@ -194,8 +194,9 @@ class EmbeddingBagCollection(Collection):
 
     Args:
         plan: how each feature is encoded.
-        backend: "fbgemm" trains the tables inside backward by `optimizer`; "torch" makes them ordinary parameters.
-        optimizer: for the fbgemm backend; row-wise Adagrad with lr 0.05 if None.
+        backend: "fbgemm" trains the tables inside backward by `optimizer`; "native" too, by a loop that is compiled on
+            first use, for CPUs; "torch" makes them ordinary parameters.
+        optimizer: not for the torch backend; row-wise Adagrad with lr 0.05 if None.
         init_std: standard deviation of the entries of composed vectors.
         device: where the tables live; "meta" for tables that are larger than one process's memory: they take none
             until `TorchRecStrategy` spreads them, and each process draws its own part.

@@ -57,6 +57,7 @@ def examine() -> Iterator[Finding]:
     for module in ("torch", "fbgemm_gpu", "torchrec", "lightning", "pyarrow", "polars"):
         yield loads(module)
     yield computes()
+    yield builds()
     yield gpu()
     yield threads(os.environ, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -146,6 +147,14 @@ def computes() -> Finding:
     if error is None:
         return Finding("fbgemm kernels", "ok", "give the vectors that plain torch gives")
     return Finding("fbgemm kernels", "broken", f"{error}; until that is mended, backend='torch' does without them")
+
+
+def builds() -> Finding:
+    """Whether the native backend can be built."""
+    error = _run('import embtab as et; et.EmbeddingBagCollection(et.plan([et.Feature("f", 50)], "dense"), "native")')
+    if error is None:
+        return Finding("native backend", "ok", "is built")
+    return Finding("native backend", "warning", f"{error}; only backend='native' and compile_rows need a compiler")
 
 
 def gpu(driver: Path = Path("/proc/driver/nvidia/version")) -> Finding:

@@ -56,7 +56,7 @@ def from_dense(weights: Dense, plan: Plan, backend: str = "torch") -> EmbeddingB
     Args:
         weights: float [num_ids, D] for every id space, by the name of the space or of one of its features.
         plan: what the tables should take; exact where it is dense, else see `embtab.fitting`.
-        backend: of the result: "torch" or "fbgemm".
+        backend: of the result: "torch", "fbgemm" or "native".
 
     Raises:
         UserError: when a table is missing, unknown, of another shape than the plan, or not finite.

@@ -123,13 +123,14 @@ def test_gradients_are_right_in_double_precision(case: Case) -> None:
     assert torch.autograd.gradcheck(run, (weights, *parameters.values()))
 
 
+@pytest.mark.parametrize("backend", ["fbgemm", "native"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
 @every_case
-def test_the_fused_update_is_the_optimizer_step_on_the_gradient(case: Case, optimizer: str) -> None:
-    """Three steps of the fbgemm backend against NumPy's optimizer on the torch backend's gradients."""
+def test_the_fused_update_is_the_optimizer_step_on_the_gradient(case: Case, optimizer: str, backend: str) -> None:
+    """Three steps of a backend with an optimizer of its own against NumPy's on the torch backend's gradients."""
     plan = case.plan()
     reference = et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0)
-    fused = et.EmbeddingBagCollection(plan, backend="fbgemm", optimizer=et.Optimizer(optimizer, lr=LR))
+    fused = et.EmbeddingBagCollection(plan, backend, optimizer=et.Optimizer(optimizer, lr=LR))
     fused.load_state_dict(reference.state_dict(), strict=True)
     moments = {name: np.zeros_like(parameter.detach().numpy()) for name, parameter in reference.named_parameters()}
     random = np.random.default_rng(0)
@@ -145,20 +146,20 @@ def test_the_fused_update_is_the_optimizer_step_on_the_gradient(case: Case, opti
         for name, parameter in reference.named_parameters():
             assert parameter.grad is not None
             kind = optimizer if name.startswith("lookup.") else "sgd"
-            numpy_step(kind, parameter.detach().numpy(), parameter.grad.numpy(), moments[name])
+            numpy_step(kind, parameter.detach().numpy(), parameter.grad.numpy(), moments[name], backend)
         for parameter in fused.parameters():  # projections and the like, which no backend fuses
             assert parameter.grad is not None
-            numpy_step("sgd", parameter.detach().numpy(), parameter.grad.numpy(), np.zeros(0))
+            numpy_step("sgd", parameter.detach().numpy(), parameter.grad.numpy(), np.zeros(0), backend)
     for name, table in tables_of(reference).items():
         np.testing.assert_allclose(tables_of(fused)[name], table, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-def numpy_step(optimizer: str, weight: np.ndarray, gradient: np.ndarray, moment: np.ndarray) -> None:
+def numpy_step(optimizer: str, weight: np.ndarray, gradient: np.ndarray, moment: np.ndarray, backend: str) -> None:
     """One step in place, from the optimizers' definitions."""
     if optimizer == "sgd":
         weight -= LR * gradient
         return
-    padded = -(-weight.shape[1] // 4) * 4  # the width that fbgemm averages over
+    padded = -(-weight.shape[1] // 4) * 4 if backend == "fbgemm" else weight.shape[1]  # what squares are averaged over
     moment += gradient**2 if optimizer == "adagrad" else (gradient**2).sum(axis=1, keepdims=True) / padded
     weight -= LR * gradient / (np.sqrt(moment) + 1e-8)
 

@@ -20,6 +20,7 @@ from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.errors import UserError
 from embtab.fbgemm import FbgemmLookup
 from embtab.lookup import slot
+from embtab.native import NativeLookup
 from embtab.planning import Plan
 from embtab.sharding import checkpoint as folders
 from embtab.sharding.lookup import ShardedLookup
@@ -242,7 +243,7 @@ def shard(collection: Collection, asked: str | Mapping[str, str], device: torch.
             f"a {type(collection).__name__} is trained by one process: what it learns belongs to rows of whole tables; "
             "search with embtab search, and train the method that comes out (pruned, sparse) by any number of processes"
         )
-    if not isinstance(collection.lookup, FbgemmLookup | Unmade):
+    if not isinstance(collection.lookup, FbgemmLookup | NativeLookup | Unmade):
         raise UserError(
             "tables of the torch backend are trained by the outer optimizer, which sharded tables cannot be; use "
             'backend="fbgemm" with optimizer=embtab.Optimizer(...)'

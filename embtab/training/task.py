@@ -194,8 +194,9 @@ class FitTask(RankingTask):
         precision: of the served rows: fp32, fp16, int8 or int4; null for fp32, and for what method "auto" chooses.
             Training is in fp32; `test` measures rows as they are served.
         init_std: standard deviation of the entries of fresh vectors.
-        backend: "fbgemm" trains tables inside backward by `table_optimizer`; "torch" trains them by Adam at `lr`.
-        table_optimizer: "rowwise_adagrad", "adagrad" or "sgd"; for the fbgemm backend.
+        backend: "fbgemm" trains tables inside backward by `table_optimizer`, and so does "native", compiled here and
+            quicker on CPUs; "torch" trains them by Adam at `lr`.
+        table_optimizer: "rowwise_adagrad", "adagrad" or "sgd"; not for the torch backend.
         table_lr: its learning rate.
         lr: Adam's learning rate for the ranker and the tables' dense parts.
         weight_decay: Adam's weight decay.
@@ -225,7 +226,7 @@ class FitTask(RankingTask):
     ):
         dataset = Dataset.load(data)
         planned = plan(read_features(data), method, budget, dim, seed, precision)
-        optimizer = Optimizer(table_optimizer, table_lr) if backend == "fbgemm" else None
+        optimizer = Optimizer(table_optimizer, table_lr) if backend != "torch" else None
         tables = EmbeddingBagCollection(planned, backend, optimizer, init_std)
         if compile_rows:
             tables.compile_rows()
