@@ -1,6 +1,7 @@
 """embtab bench: arms take turns, ratios are paired, ids follow their law, and results are written whole."""
 
 import csv
+import re
 from functools import partial
 from pathlib import Path
 
@@ -70,9 +71,12 @@ def test_a_case_has_criteos_features_and_batches_within_range() -> None:
 def test_every_kind_of_tables_gives_one_vector_a_feature_and_bag() -> None:
     case = Case(dim=4, batch=8, bag=2, cap=50)
     (batch,) = case.batches(1, CPU)
-    for name in (TORCHREC, TORCH, "dense", "qr:op=sum"):
+    for name in (TORCHREC, TORCH, "dense", "qr:op=sum", "dense@native", "qr:op=sum@native+compiled", "hash@fbgemm"):
         tables = make_tables(name, case, "0.5x", "rowwise_adagrad", CPU)
         assert tables.forward(batch).shape == (8, 26 * 4)
+    for wrong in ("dense@torchrec", "dense+native", "dense@native+quick"):
+        with pytest.raises(UserError, match=re.escape(f"arm {wrong}: a method may be followed by @native or @fbgemm")):
+            make_tables(wrong, case, "0.5x", "rowwise_adagrad", CPU)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -182,7 +186,7 @@ def test_arms_in_another_form_are_measured(what: str, arm: str) -> None:
 @pytest.mark.parametrize(
     ("what", "arm", "message"),
     [
-        ("lookups", "qr+fast", r"arm qr\+fast: a method may be followed by \+compiled only"),
+        ("lookups", "qr+fast", r"arm qr\+fast: a method may be followed by @native or @fbgemm, and then \+compiled, only"),
         ("serving", "qr@java", "forms are onnx, quantised"),
         ("serving", f"{TORCHREC}@onnx", "only a method of embtab is served so"),
     ],
