@@ -186,7 +186,11 @@ def test_arms_in_another_form_are_measured(what: str, arm: str) -> None:
 @pytest.mark.parametrize(
     ("what", "arm", "message"),
     [
-        ("lookups", "qr+fast", r"arm qr\+fast: a method may be followed by @native or @fbgemm, and then \+compiled, only"),
+        (
+            "lookups",
+            "qr+fast",
+            r"arm qr\+fast: a method may be followed by @native or @fbgemm, and then \+compiled, only",
+        ),
         ("serving", "qr@java", "forms are onnx, quantised"),
         ("serving", f"{TORCHREC}@onnx", "only a method of embtab is served so"),
     ],
