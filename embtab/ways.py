@@ -169,12 +169,14 @@ class OneEach(Way):
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """The ids' vectors [B, F, D]."""
-        encoding, count = self.block.encoding, len(self.block.widths)
-        found = [next(answers).view(self.stride, len(self.places), -1) for _ in self.requests]
-        if len(found) == 1 and encoding.joining == "concat":
-            return found[0]
-        parts = found[0].unflatten(-1, (count, -1)).unbind(2) if len(found) < count else found
-        return encoding.combine(parts, self.block.arrays)
+        encoding = self.block.encoding
+        shape = (self.stride, len(self.places), -1)
+        if len(self.requests) < len(self.block.widths):
+            together = next(answers).unflatten(0, shape)
+            if encoding.joining == "concat":
+                return together.flatten(2)
+            return encoding.combine(together.unbind(2), self.block.arrays)
+        return encoding.combine([next(answers).unflatten(0, shape[:2]) for _ in self.requests], self.block.arrays)
 
 
 class PerDistinctId(Way):
