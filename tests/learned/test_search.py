@@ -80,7 +80,9 @@ def test_dense_training_is_lightnings_number_by_number(data: str) -> None:
     trainer.fit(task, DataModule(data, sweep.batch_size, seed=3))
     (expected,) = trainer.test(task, DataModule(data, sweep.batch_size), verbose=False)
     single = {f"test/{name}": float(np.float32(value)) for name, value in training.evaluate("test").items()}
-    assert single == expected  # Lightning logs in single precision
+    # Lightning logs in single precision; the last place of a quotient of logarithms depends on the processor.
+    assert single.pop("test/ne") == pytest.approx(expected.pop("test/ne"), rel=3e-7)
+    assert single == expected
 
 
 ARTEFACTS = ("masks.safetensors", "plan.json", "archive.csv", "archive.json", "result.json", "search.json")
