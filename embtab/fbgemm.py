@@ -160,6 +160,8 @@ def _loop_is_quicker() -> bool:
 
 
 @cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _made_code_waits() -> bool:
     """Whether the code that fbgemm makes takes more than twice the time of its compiled loop.
 
