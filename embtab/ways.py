@@ -110,17 +110,16 @@ class JoinedRows(Way):
 
     def __init__(self, blocks: Sequence[Block], cut: Cut, pooled: bool = True) -> None:
         self.places = sorted(place for block in blocks for place in block.places)
+        column = {place: i for i, place in enumerate(self.places)}
         self.requests = []
-        ids = [sum(cut.sizes_of(block.places)) for block in blocks]
-        target = (
-            (cut.stride, len(self.places), blocks[0].encoding.dim) if pooled else (ids[0], 1, blocks[0].encoding.dim)
-        )
+        bags, columns = (cut.stride, len(self.places)) if pooled else (sum(cut.sizes_of(self.places)), 1)
+        target = (bags, columns, blocks[0].encoding.dim)
         for block in blocks:
             rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
             lengths = cut.lengths_of(block.places) if pooled and cut.bag != 1 else None
             weights = cut.weights_of(block.places) if pooled else None
-            columns = torch.tensor([self.places.index(place) for place in block.places] if pooled else [0])
-            joined = Joined(str(block.encoding.joining), columns, target)
+            among = torch.tensor([column[place] for place in block.places] if pooled else [0])
+            joined = Joined(str(block.encoding.joining), among, target)
             self.requests.append(Request(block.widths[0], rows, lengths, weights, joined=joined))
 
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
