@@ -7,6 +7,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,6 +67,7 @@ ROW = st.fixed_dictionaries(
         "ignored": texts,
     }
 )
+BLANK = dict.fromkeys(SCHEMA.names) | {"clicked": 0, "place": 0, "who": "u", "ignored": ""}
 small = settings(max_examples=20)
 
 
@@ -103,16 +105,17 @@ def rows_of(folder: Path) -> dict[str, list[dict]]:
 
 def cut_by_time(rows: list[dict], valid: float, test: float) -> dict[str, list[dict]] | None:
     """Rows of each split; None where moments are too few for it."""
-    times = sorted(float(row["at"]) for row in rows)
+    at = [float(row["at"]) for row in rows]  # a moment is a double: 2^54 - 1 and 2^54 are one
+    times = sorted(at)
     num_valid, num_test = round(len(rows) * valid), round(len(rows) * test)
     first_valid = times[len(rows) - num_valid - num_test]
     first_test = times[len(rows) - num_test]
     if not times[0] < first_valid < first_test:
         return None
     return {
-        "train": [row for row in rows if row["at"] < first_valid],
-        "valid": [row for row in rows if first_valid <= row["at"] < first_test],
-        "test": [row for row in rows if row["at"] >= first_test],
+        "train": [row for row, time in zip(rows, at, strict=True) if time < first_valid],
+        "valid": [row for row, time in zip(rows, at, strict=True) if first_valid <= time < first_test],
+        "test": [row for row, time in zip(rows, at, strict=True) if time >= first_test],
     }
 
 
@@ -154,6 +157,7 @@ def z(x: float | None) -> float:
 
 @small
 @given(st.lists(ROW, min_size=6, max_size=40))
+@hypothesis.example(rows=[BLANK | {"at": at} for at in (0, 0, 0, 1, 2**54 - 1, 2**54 - 1)])
 def test_prepared_rows_equal_the_plain_definition_from_parquet_and_from_text(tmp_path_factory, rows):
     splits = cut_by_time(rows, 0.2, 0.25)
     if splits is None:
