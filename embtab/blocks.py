@@ -97,6 +97,10 @@ class Block(nn.Module):
         self._buffer("bases", bases)
         for name in self.names:
             self._buffer(name, torch.tensor([each[name] for each in constants]))
+        if self.encoding.arithmetic:
+            of_parts = [self.get_buffer(f"{name}_").expand(bases.shape) for name in self.names]
+            of_parts += [torch.zeros_like(bases)] * (3 - len(of_parts))
+            self._buffer("arithmetic", torch.stack(of_parts, dim=-1))
 
     def _buffer(self, name: str, value: Tensor) -> None:
         self.register_buffer(f"{name}_", value, persistent=False)
@@ -136,8 +140,11 @@ class Block(nn.Module):
         each = zip(ids.split(list(sizes)), sizes, turns, strict=True)
         return torch.cat([self._rows(part, [size], which) for part, size, which in each])
 
-    def placed_rows(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    def placed_rows(self, ids: Tensor, sizes: Sequence[int], lookup: Lookup) -> Tensor:
         """int64 [K, N]: the same as rows of the lookup's matrices; for encodings that have all parts of every id."""
+        if lookup.joins and self.encoding.arithmetic:
+            given = self.get_buffer("bases_"), self.get_buffer("arithmetic_")
+            return lookup.placed_rows(self.encoding.arithmetic, ids, sizes, *given)
         # Ids last: there are many of them, and loops over the last dimension are the quick ones.
         same = len(set(sizes)) == 1
         shaped = ids.view(1, len(sizes), -1) if same else ids.unsqueeze(0)

@@ -294,7 +294,7 @@ class EmbeddingCollection(Collection):
         for block in blocks:
             block.check(cut)
         ways: list[JoinedRows | PerDistinctId] = []
-        ways += [JoinedRows([block], cut, pooled=False) for block in blocks if joins(self.lookup, block)]
+        ways += [JoinedRows([block], cut, self.lookup, pooled=False) for block in blocks if joins(self.lookup, block)]
         rest = [block for block in blocks if not joins(self.lookup, block)]
         if able := [block for block in once(cut, rest, self.lookup) if not block.encoding.bare]:
             ways.append(PerDistinctId(able, cut, pooled=False))

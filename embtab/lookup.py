@@ -103,7 +103,10 @@ class Lookup(NamedState):
 
     Attributes:
         base: what to add to a row of a table, by the table's name.
+        joins: whether the lookup makes vectors of several rows itself, and rows of ids by `placed_rows`.
     """
+
+    joins: ClassVar[bool] = False
 
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__()
@@ -113,6 +116,20 @@ class Lookup(NamedState):
     @abstractmethod
     def forward(self, requests: Sequence[Request]) -> list[Tensor]:
         """Answers each request with its sums [B, W]."""
+
+    def placed_rows(
+        self, arithmetic: str, ids: Tensor, sizes: Sequence[int], bases: Tensor, constants: Tensor
+    ) -> Tensor:
+        """int64 [K, N]: the rows of ids in the lookup's matrices; only for one that `joins`.
+
+        Args:
+            arithmetic: one of `ARITHMETICS`.
+            ids: int64 [N], feature after feature; where they are divided not below zero.
+            sizes: how many ids each of the F features has.
+            bases: int64 [F, K], what is added to the rows of each part.
+            constants: int64 [F, K, 3], c0 to c2.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not compute rows")
 
     @abstractmethod
     def table(self, name: str) -> Tensor:
@@ -163,13 +180,7 @@ class Lookup(NamedState):
 
 
 class StackedLookup(Lookup):
-    """Tables stacked by width.
-
-    Attributes:
-        joins: whether the lookup makes vectors of several rows itself.
-    """
-
-    joins: ClassVar[bool] = False
+    """Tables stacked by width."""
 
     def __init__(self, tables: Sequence[Table]) -> None:
         super().__init__(tables)

@@ -19,6 +19,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 using std::int32_t;
 using std::int64_t;
@@ -63,6 +66,7 @@ extern "C" void embtab_large_pages(void *memory, int64_t bytes) {
 namespace {
 
 enum Op { CONCAT, SUM, PRODUCT };
+enum Arithmetic { ID, HASH, QUOTIENT, DIGIT };
 enum Optimizer { SGD, ADAGRAD, ROWWISE_ADAGRAD };
 
 constexpr int64_t AHEAD = 16;        // rows between asking for one and needing it
@@ -71,6 +75,7 @@ constexpr int64_t SAMPLES = 16;      // whose rows are dealt out together
 constexpr int64_t BUCKET = 1 << 18;  // bytes of gradients that are summed up together, for the second cache
 constexpr int MOST_BUCKETS = 10;     // bits
 constexpr size_t LARGE_PAGE = 1 << 21;
+constexpr int64_t MANY = 1 << 20;    // bytes of vectors from which on they are not kept in the caches
 
 // Has memory brought near. (Always inline: a compiler that looks at it alone finds that it does nothing.)
 template <bool FOR_WRITING>
@@ -103,16 +108,27 @@ inline int64_t rows_beside(const Batch &batch) { return batch.op == CONCAT ? bat
 
 inline int64_t start_of(const Batch &batch, int64_t bag) { return batch.offsets ? batch.offsets[bag] : bag; }
 
-// Calls visit(id, vector) for the ids of some bags, one feature after the other: as rows lie in memory.
+// Calls visit(id, stop, vector) for some bags, which hold the ids from .. stop, one feature after the other: as rows lie
+// in memory.
 template <class Visit>
-inline void by_feature(const Batch batch, int64_t from, int64_t to, Visit visit) {
+inline void each_bag(const Batch batch, int64_t from, int64_t to, Visit visit) {
   for (int64_t bag = from; bag < to;) {
     const int64_t feature = bag / batch.bags, last = std::min(to, (feature + 1) * batch.bags);
     int64_t vector = (bag - feature * batch.bags) * batch.across + batch.columns[feature];
-    int64_t id = start_of(batch, bag);
-    for (; bag < last; bag++, vector += batch.across)
-      for (const int64_t stop = start_of(batch, bag + 1); id < stop; id++) visit(id, vector);
+    for (int64_t id = start_of(batch, bag); bag < last; bag++, vector += batch.across) {
+      const int64_t stop = start_of(batch, bag + 1);
+      visit(id, stop, vector);
+      id = stop;
+    }
   }
+}
+
+// Calls visit(id, vector) for the ids of some bags.
+template <class Visit>
+inline void by_feature(const Batch batch, int64_t from, int64_t to, Visit visit) {
+  each_bag(batch, from, to, [=](int64_t id, int64_t stop, int64_t vector) {
+    for (; id < stop; id++) visit(id, vector);
+  });
 }
 
 // The same for all bags, some samples at a time: near the order of the vectors.
@@ -143,10 +159,26 @@ inline void add(float *sum, const float *row, float weight, W width) {
   for (; x < width; x++) sum[x] += weight * row[x];
 }
 
-template <class W>
+// Writes to whole cache lines that nobody has read, and so nobody has to read first. (Elsewhere than on x86: as ever.)
+inline void put_past_the_caches(float *at, Eight numbers) {
+#if defined(__AVX__)
+  _mm256_stream_ps(at, reinterpret_cast<__m256>(numbers));
+#elif defined(__SSE2__)
+  for (int half = 0; half < 8; half += 4)
+    _mm_stream_ps(at + half, _mm_set_ps(numbers[half + 3], numbers[half + 2], numbers[half + 1], numbers[half]));
+#else
+  put(at, numbers);
+#endif
+}
+
+template <bool PAST_THE_CACHES, class W>
 inline void copy(float *out, const float *row, float weight, W width) {
   int64_t x = 0;
-  for (; x + 8 <= width; x += 8) put(out + x, weight * eight(row + x));
+  for (; x + 8 <= width; x += 8)
+    if (PAST_THE_CACHES)
+      put_past_the_caches(out + x, weight * eight(row + x));
+    else
+      put(out + x, weight * eight(row + x));
   for (; x < width; x++) out[x] = weight * row[x];
 }
 
@@ -202,6 +234,31 @@ __attribute__((always_inline)) inline void ask_for_step(const Tables tables, int
   ask<true>(tables.rows + row * width, width);
   if (tables.optimizer == ADAGRAD) ask<true>(tables.moments + row * width, width);
   if (tables.optimizer == ROWWISE_ADAGRAD) ask<true>(tables.moments + row, 1);
+}
+
+// The hash of embtab/hashing.py.
+inline int64_t hashed(int64_t id, int64_t seed, int64_t num_rows) {
+  uint64_t x = static_cast<uint64_t>(id) + static_cast<uint64_t>(seed);
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return static_cast<int64_t>((x >> 33) * static_cast<uint64_t>(num_rows) >> 31);
+}
+
+// Ids to rows, by what a method does with them; c: its constants.
+template <class Row>
+inline void each_row(const int64_t *ids, int64_t count, int64_t base, int64_t *rows, Row row_of) {
+  for (int64_t i = 0; i < count; i++) rows[i] = base + row_of(ids[i]);
+}
+
+inline void rows_of(int64_t arithmetic, const int64_t *ids, int64_t count, int64_t base, const int64_t *c,
+                    int64_t *rows) {
+  const int64_t c0 = c[0], c1 = c[1], c2 = c[2];
+  switch (arithmetic) {
+    case HASH: return each_row(ids, count, base, rows, [=](int64_t id) { return hashed(id, c0, c1); });
+    case QUOTIENT: return each_row(ids, count, base, rows, [=](int64_t id) { return id / c0 * c1 + id * c2; });
+    case DIGIT: return each_row(ids, count, base, rows, [=](int64_t id) { return id / c0 % c1; });
+    default: return each_row(ids, count, base, rows, [=](int64_t id) { return id; });
+  }
 }
 
 // Memory that grows and is kept: fresh pages cost more than the work that is done in them.
@@ -283,6 +340,64 @@ class Distinct {
   uint32_t before_ = 0;
   int64_t count_ = 0;
 };
+
+// Whether vectors are so many that those who read them will not find them in a cache anyway, and fill whole lines.
+inline bool past_the_caches(const Batch &batch, const float *vectors, int64_t width) {
+  const int64_t bytes = rows_beside(batch) * width * static_cast<int64_t>(sizeof(float));
+  const bool whole = bytes % LINE == 0 && width % 8 == 0 && reinterpret_cast<uintptr_t>(vectors) % LINE == 0;
+  return whole && batch.bags * batch.across * bytes >= MANY;
+}
+
+// Vectors of one id each, whose rows are written as they stand.
+template <bool PAST_THE_CACHES, class Parts, class W>
+void write_rows(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, Parts parts, W width) {
+  each_bag(batch, from, to, [=](int64_t id, int64_t, int64_t vector) {
+    const float weight = batch.weights ? batch.weights[id] : 1.0f;
+    for (int64_t k = 0; k < parts; k++) {
+      const int64_t *rows = batch.rows + k * batch.ids;
+      if (id + AHEAD < batch.ids) ask<false>(table + rows[id + AHEAD] * width, width);
+      copy<PAST_THE_CACHES>(vectors + (vector * parts + k) * width, table + rows[id] * width, weight, width);
+    }
+  });
+}
+
+// Sums of the vectors of bags.
+template <bool PAST_THE_CACHES, class W>
+void write_sums(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, W width) {
+  const int64_t beside = rows_beside(batch), size = beside * width;
+  const bool multiplied = batch.op == PRODUCT && batch.parts > 1;
+  std::vector<float> numbers(static_cast<size_t>(size + 2 * width), 1.0f);
+  each_bag(batch, from, to, [=, sum = numbers.data()](int64_t id, int64_t stop, int64_t vector) {
+    float *product = sum + size, *ones = product + width;
+    std::fill_n(sum, size, 0.0f);
+    for (; id < stop; id++) {
+      const float weight = batch.weights ? batch.weights[id] : 1.0f;
+      for (int64_t k = 0; k < batch.parts; k++) {
+        const int64_t *rows = batch.rows + k * batch.ids;
+        if (id + AHEAD < batch.ids) ask<false>(table + rows[id + AHEAD] * width, width);
+        if (!multiplied) add(sum + (beside > 1 ? k * width : 0), table + rows[id] * width, weight, width);
+      }
+      if (!multiplied) continue;
+      multiply(product, ones, weight, batch, table, id, -1, width);
+      add(sum, product, 1.0f, width);
+    }
+    for (int64_t k = 0; k < beside; k++)
+      copy<PAST_THE_CACHES>(vectors + vector * size + k * width, sum + k * width, 1.0f, width);
+  });
+}
+
+template <bool PAST_THE_CACHES, class W>
+void write_vectors(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, W width) {
+  if (batch.offsets || batch.parts > rows_beside(batch))
+    write_sums<PAST_THE_CACHES>(batch, table, vectors, from, to, width);
+  else if (batch.parts == 1)
+    write_rows<PAST_THE_CACHES>(batch, table, vectors, from, to, Width<1>{1}, width);
+  else
+    write_rows<PAST_THE_CACHES>(batch, table, vectors, from, to, Width<0>{batch.parts}, width);
+#ifdef __SSE2__
+  if (PAST_THE_CACHES) _mm_sfence();
+#endif
+}
 
 // Sums up the gradients of every row, in the order in which samples have it, and steps once on each. Rows are dealt out
 // to buckets, so that the sums of one stay in the cache; every caller has buckets of its own: part, part + parts, ...
@@ -410,41 +525,29 @@ std::unique_ptr<Update> taken() {
 
 extern "C" {
 
+// rows [K, N] of ids [N], of which features have sizes [F], one feature after the other. constants [F, K, 3]; bases
+// [F, K]: what a table's rows begin with. Ids that are divided are not below zero.
+void embtab_place_rows(int64_t arithmetic, const int64_t *ids, const int64_t *sizes, int64_t features, int64_t parts,
+                       const int64_t *bases, const int64_t *constants, int64_t *rows) {
+  for (int64_t k = 0; k < parts; k++) {
+    const int64_t *next = ids;
+    for (int64_t f = 0; f < features; f++) {
+      const int64_t part = f * parts + k;
+      rows_of(arithmetic, next, sizes[f], bases[part], constants + 3 * part, rows);
+      next += sizes[f], rows += sizes[f];
+    }
+  }
+}
+
 // Vectors [B, C, V] in out: the sums over the bags from .. to of F * B.
 void embtab_sum_bags(const Batch *given, const Tables *tables, float *out, int64_t from, int64_t to) {
-  with_width(tables->width, [batch = *given, table = tables->rows, out, from, to](auto width) {
-    const int64_t size = rows_beside(batch) * width;
-    float *vectors = out + batch.first;
-    if (batch.offsets)
-      for (int64_t bag = from; bag < to; bag++) {
-        const int64_t vector = bag % batch.bags * batch.across + batch.columns[bag / batch.bags];
-        std::memset(vectors + vector * size, 0, sizeof(float) * size);
-      }
-    if (batch.op == PRODUCT && batch.parts > 1) {
-      std::vector<float> ones(static_cast<size_t>(width), 1.0f), sum(static_cast<size_t>(width));
-      by_feature(batch, from, to, [=, ones = ones.data(), sum = sum.data()](int64_t id, int64_t vector) {
-        for (int64_t k = 0; k < batch.parts && id + AHEAD < batch.ids; k++)
-          ask<false>(table + batch.rows[k * batch.ids + id + AHEAD] * width, width);
-        const float weight = batch.weights ? batch.weights[id] : 1.0f;
-        multiply(batch.offsets ? sum : vectors + vector * size, ones, weight, batch, table, id, -1, width);
-        if (batch.offsets) add(vectors + vector * size, sum, 1.0f, width);
-      });
-      return;
-    }
-    for (int64_t k = 0; k < batch.parts; k++) {
-      const int64_t *rows = batch.rows + k * batch.ids;
-      float *first = vectors + (batch.op == CONCAT ? k * width : 0);
-      const bool adds = batch.offsets || (k > 0 && batch.op != CONCAT);
-      by_feature(batch, from, to, [=](int64_t id, int64_t vector) {
-        if (id + AHEAD < batch.ids) ask<false>(table + rows[id + AHEAD] * width, width);
-        const float *row = table + rows[id] * width;
-        const float weight = batch.weights ? batch.weights[id] : 1.0f;
-        if (adds)
-          add(first + vector * size, row, weight, width);
-        else
-          copy(first + vector * size, row, weight, width);
-      });
-    }
+  const Batch batch = *given;
+  float *vectors = out + batch.first;
+  with_width(tables->width, [=, table = tables->rows](auto width) {
+    if (past_the_caches(batch, vectors, width))
+      write_vectors<true>(batch, table, vectors, from, to, width);
+    else
+      write_vectors<false>(batch, table, vectors, from, to, width);
   });
 }
 

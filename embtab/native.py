@@ -4,6 +4,7 @@ What it does otherwise than a kernel for any processor:
 
 - rows are asked for sixteen entries before they are needed, and tables lie in large pages: most of a lookup in a table
   that no cache holds is waiting for memory;
+- rows are computed of ids in one pass, hashes and quotients included;
 - vectors are read table after table, which is nearly twice as quick as sample after sample, and written where they
   belong, [B, F, D], so that nothing is transposed; rows that make one vector together are put side by side, added or
   multiplied on the way;
@@ -34,7 +35,7 @@ from embtab.compiler import build
 from embtab.errors import UserError
 from embtab.lookup import OPTIMIZERS, Joined, Optimizer, Request, StackedLookup
 from embtab.methods import Table
-from embtab.methods.base import JOININGS
+from embtab.methods.base import ARITHMETICS, JOININGS
 
 MAX_ROWS = 2**32
 """Rows of one width that an update can tell apart."""
@@ -70,6 +71,17 @@ class NativeLookup(StackedLookup):
         self._stacks = {width: _Stack(rows, width, optimizer) for width, rows in self.stacked_rows.items()}
         # What autograd has to see so that it comes back: the tables are not its parameters.
         self._hook = torch.zeros(0, requires_grad=True)
+
+    def placed_rows(
+        self, arithmetic: str, ids: Tensor, sizes: Sequence[int], bases: Tensor, constants: Tensor
+    ) -> Tensor:
+        """In one pass; see the base class."""
+        ids, rows = ids.contiguous(), ids.new_empty(bases.shape[1], len(ids))
+        counts = (ctypes.c_int64 * len(sizes))(*sizes)
+        pointers = bases.data_ptr(), constants.data_ptr(), rows.data_ptr()
+        kind = ARITHMETICS.index(arithmetic)
+        _library().embtab_place_rows(kind, ids.data_ptr(), counts, *bases.shape, *pointers)
+        return rows
 
     def stack(self, width: int) -> Tensor:
         """The matrix of this width."""
@@ -292,6 +304,7 @@ def _library() -> ctypes.CDLL:
     pointer, integer, nothing = ctypes.c_void_p, ctypes.c_int64, None
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "embtab_large_pages": (nothing, [pointer, integer]),
+        "embtab_place_rows": (nothing, [integer, *[pointer] * 2, *[integer] * 2, *[pointer] * 3]),
         "embtab_sum_bags": (nothing, [*[pointer] * 3, *[integer] * 2]),
         "embtab_weight_gradients": (nothing, [*[pointer] * 4, *[integer] * 2]),
         "embtab_begin_update": (pointer, [pointer, integer, pointer, pointer, *[integer] * 2]),

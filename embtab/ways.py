@@ -62,8 +62,9 @@ def ways_of(cut: Cut, blocks: Sequence[Block], pools: Callable[[Encoding], bool]
     """
     for block in blocks:
         block.check(cut)
-    ways: list[Way] = [JoinedRows(some, cut) for some in alike([block for block in blocks if joins(lookup, block)])]
-    blocks = [block for block in blocks if not joins(lookup, block)]
+    joined = [block for block in blocks if joins(lookup, block)]
+    blocks = [block for block in blocks if block not in joined]
+    ways: list[Way] = [JoinedRows(some, cut, lookup) for some in alike(joined)]
     if not isinstance(lookup, StackedLookup) or cut.weighted:
         return ways + [PerBag(block, cut, pools(block.encoding)) for block in blocks]
     able = once(cut, blocks, lookup)
@@ -71,10 +72,10 @@ def ways_of(cut: Cut, blocks: Sequence[Block], pools: Callable[[Encoding], bool]
         ways.append(PerDistinctId(able, cut))
         blocks = [block for block in blocks if block not in able]
     if bare := [block for block in blocks if block.encoding.bare]:
-        ways.append(Bare(bare, cut))
+        ways.append(Bare(bare, cut, lookup))
         blocks = [block for block in blocks if not block.encoding.bare]
     each = [block for block in blocks if cut.bag == 1 and block.widths and not block.encoding.may_skip]
-    ways += [OneEach(block, cut) for block in each]
+    ways += [OneEach(block, cut, lookup) for block in each]
     return ways + [PerBag(block, cut, pools(block.encoding)) for block in blocks if block not in each]
 
 
@@ -87,8 +88,7 @@ def once(cut: Cut, blocks: Sequence[Block], lookup: Lookup) -> list[Block]:
 
 def joins(lookup: Lookup, block: Block) -> bool:
     """Whether a lookup makes a block's vectors of its rows."""
-    able = isinstance(lookup, StackedLookup) and lookup.joins and not block.encoding.may_skip
-    return able and block.encoding.joining is not None
+    return lookup.joins and not block.encoding.may_skip and block.encoding.joining is not None
 
 
 def alike(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -105,17 +105,18 @@ class JoinedRows(Way):
     Args:
         blocks: whose rows have one width, and whose vectors have one.
         cut: the batch.
+        lookup: who will be asked.
         pooled: whether sums over bags are wanted; else the vector of every id, of one block.
     """
 
-    def __init__(self, blocks: Sequence[Block], cut: Cut, pooled: bool = True) -> None:
+    def __init__(self, blocks: Sequence[Block], cut: Cut, lookup: Lookup, pooled: bool = True) -> None:
         self.places = sorted(place for block in blocks for place in block.places)
         column = {place: i for i, place in enumerate(self.places)}
         self.requests = []
         bags, columns = (cut.stride, len(self.places)) if pooled else (sum(cut.sizes_of(self.places)), 1)
         target = (bags, columns, blocks[0].encoding.dim)
         for block in blocks:
-            rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
+            rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places), lookup)
             lengths = cut.lengths_of(block.places) if pooled and cut.bag != 1 else None
             weights = cut.weights_of(block.places) if pooled else None
             among = torch.tensor([column[place] for place in block.places] if pooled else [0])
@@ -135,13 +136,13 @@ class JoinedRows(Way):
 class Bare(Way):
     """For vectors that are rows: all such features are one request."""
 
-    def __init__(self, blocks: Sequence[Block], cut: Cut) -> None:
+    def __init__(self, blocks: Sequence[Block], cut: Cut, lookup: Lookup) -> None:
         self.stride, self.each = cut.stride, cut.bag == 1
         self.places = sorted(place for block in blocks for place in block.places)
         rows: dict[int, Tensor] = {}
         for block in blocks:
             sizes = cut.sizes_of(block.places)
-            placed = block.placed_rows(cut.ids_of(block.places), sizes).flatten()
+            placed = block.placed_rows(cut.ids_of(block.places), sizes, lookup).flatten()
             rows |= zip(block.places, placed.split(sizes), strict=True)
         together = placed if len(blocks) == 1 else torch.cat([rows[place] for place in self.places])
         if self.each:
@@ -159,9 +160,9 @@ class Bare(Way):
 class OneEach(Way):
     """For bags of one id, whose vectors are those of the ids."""
 
-    def __init__(self, block: Block, cut: Cut) -> None:
+    def __init__(self, block: Block, cut: Cut, lookup: Lookup) -> None:
         self.block, self.places, self.stride = block, block.places, cut.stride
-        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places))
+        rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places), lookup)
         rows = rows.view(-1, len(block.places), cut.stride).permute(2, 1, 0)
         asked = [rows] if len(set(block.widths)) == 1 else rows.unbind(-1)
         self.requests = [Request(width, part.flatten(), None) for width, part in zip(block.widths, asked, strict=False)]

@@ -1,6 +1,6 @@
 """The laws every method keeps on every backend. A method is added to them by one row in laws.CASES."""
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -22,6 +22,11 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @cache
+def plan_of(case: Case) -> et.Plan:
+    return case.plan()
+
+
+@cache
 def bag_collection(case: Case, backend: str) -> et.EmbeddingBagCollection:
     """A collection that no test trains."""
     torch.manual_seed(0)
@@ -34,59 +39,66 @@ def sequence_collection(case: Case, backend: str) -> et.EmbeddingCollection:
     return adapted(et.EmbeddingCollection(case.plan(), backend=backend, init_std=1.0))
 
 
-@every_backend
+@cache
+def every_vector(case: Case, backend: str, count: int) -> dict[str, torch.Tensor]:
+    """The vectors of ids 0 to count - 1, of features that have so many."""
+    ids = single_ids({f.name: np.arange(count) % f.num_ids for f in FEATURES})
+    return {name: vectors.detach() for name, vectors in bag_collection(case, backend)(ids).to_dict().items()}
+
+
 @every_case
 @settings(max_examples=40)
 @given(data=st.data())
-def test_pooled_vectors_are_what_numpy_computes_from_the_definition(case: Case, backend: str, data) -> None:
-    plan = case.plan()
-    bags = data.draw(batches(plan))
-    weighted = data.draw(st.booleans())
-    collection = bag_collection(case, backend)
-    pooled = collection(bags.kjt(weighted)).to_dict()
-    for feature in plan.features:
-        ids, offsets, weights = bags.arrays(feature.name)
-        expected = reader.lookup(
-            plan.to_dict(), tables_of(collection), feature.name, ids, offsets, weights if weighted else None
-        )
-        np.testing.assert_allclose(pooled[feature.name].detach().numpy(), expected, rtol=1e-5, atol=2e-5)
+def test_pooled_vectors_are_what_numpy_computes_from_the_definition(case: Case, data) -> None:
+    plan = plan_of(case)
+    bags, weighted = data.draw(batches(plan)), data.draw(st.booleans())
+    for backend in BACKENDS:
+        collection = bag_collection(case, backend)
+        pooled = collection(bags.kjt(weighted)).to_dict()
+        tables = tables_of(collection)
+        for feature in plan.features:
+            ids, offsets, weights = bags.arrays(feature.name)
+            expected = reader.lookup(plan.to_dict(), tables, feature.name, ids, offsets, weights if weighted else None)
+            found = pooled[feature.name].detach().numpy()
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5, err_msg=backend)
 
 
-@every_backend
 @every_case
 @settings(max_examples=20)
 @given(data=st.data())
-def test_sequences_keep_one_vector_per_id(case: Case, backend: str, data) -> None:
-    plan = case.plan()
+def test_sequences_keep_one_vector_per_id(case: Case, data) -> None:
+    plan = plan_of(case)
     bags = data.draw(batches(plan))
-    collection = sequence_collection(case, backend)
-    outputs = collection(bags.kjt(weighted=False))
-    assert list(outputs) == [feature.name for feature in plan.features]
-    for name, jagged in outputs.items():
-        ids, offsets, _ = bags.arrays(name)
-        expected = reader.vectors(plan.to_dict(), tables_of(collection), name, ids)
-        np.testing.assert_allclose(jagged.values().detach().numpy(), expected, rtol=1e-5, atol=2e-5)
-        np.testing.assert_array_equal(jagged.lengths().numpy(), np.diff(offsets))
+    for backend in BACKENDS:
+        collection = sequence_collection(case, backend)
+        outputs, tables = collection(bags.kjt(weighted=False)), tables_of(collection)
+        assert list(outputs) == [feature.name for feature in plan.features]
+        for name, jagged in outputs.items():
+            ids, offsets, _ = bags.arrays(name)
+            expected = reader.vectors(plan.to_dict(), tables, name, ids)
+            found = jagged.values().detach().numpy()
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5, err_msg=backend)
+            np.testing.assert_array_equal(jagged.lengths().numpy(), np.diff(offsets), err_msg=backend)
 
 
-@every_backend
 @every_case
 @settings(max_examples=15)
 @given(data=st.data())
-def test_a_collection_is_its_dense_materialisation(case: Case, backend: str, data) -> None:
+def test_a_collection_is_its_dense_materialisation(case: Case, data) -> None:
     """Read every row once, give the rows to torch's own embedding bag, and nothing differs."""
-    collection = bag_collection(case, backend)
-    bags = data.draw(batches(CASES[0].plan()))  # ids in range, so that they are rows of a dense table
-    pooled = collection(bags.kjt(weighted=False)).to_dict()
-    for feature in FEATURES:
-        everything = np.arange(feature.num_ids)
-        others = {f.name: everything % f.num_ids for f in FEATURES}
-        dense = collection(single_ids(others))[feature.name].detach()
-        ids, offsets, _ = bags.arrays(feature.name)
-        expected = F.embedding_bag(
-            torch.from_numpy(ids), dense, torch.from_numpy(offsets), mode=feature.pooling, include_last_offset=True
-        )
-        torch.testing.assert_close(pooled[feature.name], expected, rtol=1e-5, atol=2e-5)
+    bags = data.draw(batches(plan_of(CASES[0])))  # ids in range, so that they are rows of a dense table
+    for backend in BACKENDS:
+        collection = bag_collection(case, backend)
+        pooled = collection(bags.kjt(weighted=False)).to_dict()
+        for feature in FEATURES:
+            dense = every_vector(case, backend, feature.num_ids)[feature.name]
+            ids, offsets, _ = bags.arrays(feature.name)
+            expected = F.embedding_bag(
+                torch.from_numpy(ids), dense, torch.from_numpy(offsets), mode=feature.pooling, include_last_offset=True
+            )
+            torch.testing.assert_close(
+                pooled[feature.name], expected, rtol=1e-5, atol=2e-5, msg=partial("{}: {}".format, backend)
+            )
 
 
 @every_backend

@@ -17,7 +17,7 @@ from embtab import compiler, native
 from embtab.errors import UserError
 from embtab.lookup import OPTIMIZERS, Joined, Optimizer, Request, TorchLookup
 from embtab.methods import Table
-from embtab.methods.base import JOININGS
+from embtab.methods.base import ARITHMETICS, JOININGS
 from embtab.native import NativeLookup
 
 ROWS, LR, EPS = 9, np.float32(0.1), np.float32(1e-8)
@@ -104,6 +104,44 @@ def test_vectors_weights_and_updates_are_those_of_the_definition(data, width: in
     if name == "adagrad":
         clear &= ((np.abs(gradient) > 1e-4) | (gradient == 0)).all(1)
     np.testing.assert_allclose(made.table("t").numpy()[clear], after[clear], rtol=1e-3, atol=1e-4)
+
+
+def row_of(arithmetic: str, id_: int, c: list[int]) -> int:
+    """By Python's whole numbers, which have no end."""
+    if arithmetic == "hash":
+        x = (id_ + c[0]) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return (x >> 33) * c[1] >> 31
+    if arithmetic == "id":
+        return id_
+    return id_ // c[0] * c[1] + id_ * c[2] if arithmetic == "quotient" else id_ // c[0] % c[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), arithmetic=st.sampled_from(ARITHMETICS))
+def test_rows_are_those_of_whole_numbers(data, arithmetic: str) -> None:
+    sizes, parts = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3)), data.draw(st.integers(1, 3))
+    anything, positive = st.integers(-(2**63), 2**63 - 1), st.integers(1, 2**31 - 1)
+    an_id = anything if arithmetic == "hash" else st.integers(0, 2**62)
+    ids = data.draw(st.lists(an_id, min_size=sum(sizes), max_size=sum(sizes)))
+    collisions = data.draw(st.integers(1, 2**62))
+    constant = {
+        "id": st.just([0, 0, 0]),
+        "hash": st.tuples(anything, positive, st.just(0)).map(list),
+        "quotient": st.sampled_from([[collisions, 1, 0], [collisions, -collisions, 1]]),
+        "digit": st.tuples(st.integers(1, 2**62), positive, st.just(0)).map(list),
+    }[arithmetic]
+    constants = [[data.draw(constant) for _ in range(parts)] for _ in sizes]
+    bases = [[data.draw(st.integers(0, 2**40)) for _ in range(parts)] for _ in sizes]
+    features = [f for f, size in enumerate(sizes) for _ in range(size)]
+    wanted = [
+        [row_of(arithmetic, id_, constants[f][k]) + bases[f][k] for id_, f in zip(ids, features, strict=True)]
+        for k in range(parts)
+    ]
+    tensors = (torch.tensor(numbers, dtype=torch.int64) for numbers in (ids, bases, constants))
+    found = lookup("sgd", 8).placed_rows(arithmetic, next(tensors), sizes, *tensors)
+    assert found.tolist() == wanted
 
 
 def numpy_step(name: str, table: np.ndarray, moments: np.ndarray, row: int, gradient: np.ndarray) -> None:

@@ -156,6 +156,15 @@ class LiveTable:
 JOININGS = ("concat", "sum", "product")
 """Rows side by side in order, their sum, their product: what a lookup may do with them while it reads them."""
 
+ARITHMETICS = ("id", "hash", "quotient", "digit")
+"""The ways from an id to a row that a lookup may go itself, given a method's constants in their order:
+
+    id        id
+    hash      hash_rows(id, c0, c1)
+    quotient  id // c0 * c1 + id * c2
+    digit     id // c0 % c1
+"""
+
 
 @dataclass(frozen=True)
 class Encoding(ABC):
@@ -180,6 +189,8 @@ class Encoding(ABC):
     """Whether the method reorganises itself while it is trained, by `observe`, `due` and `adapt`."""
     bare: ClassVar[bool] = False
     """Whether a vector is one row of width D as it stands, so that `combine` has nothing to do."""
+    arithmetic: ClassVar[str | None] = None
+    """What `rows` computes, if it is one of `ARITHMETICS`; there are no arrays then, and no id lacks a part."""
 
     @property
     def joining(self) -> str | None:

@@ -17,6 +17,7 @@ class Dense(Encoding):
     """The id is the row."""
 
     method: ClassVar[str] = "dense"
+    arithmetic: ClassVar[str | None] = "id"
     bare: ClassVar[bool] = True
 
     def constants(self) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,7 @@ class Hash(Encoding):
     num_rows: int
 
     method: ClassVar[str] = "hash"
+    arithmetic: ClassVar[str | None] = "hash"
     bare: ClassVar[bool] = True
 
     def constants(self) -> dict[str, tuple[int, ...]]:

@@ -42,6 +42,7 @@ class MultiHash(Encoding):
     weighted: bool
 
     method: ClassVar[str] = "multihash"
+    arithmetic: ClassVar[str | None] = "hash"
 
     @property
     def joining(self) -> str | None:

@@ -52,6 +52,7 @@ class Partitions(Encoding):
     op: str
 
     method: ClassVar[str] = "partitions"
+    arithmetic: ClassVar[str | None] = "digit"
 
     def __post_init__(self) -> None:
         if self.num_ids is None or math.prod(self.moduli) < self.num_ids:

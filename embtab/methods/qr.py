@@ -33,6 +33,7 @@ class QR(Encoding):
     op: str
 
     method: ClassVar[str] = "qr"
+    arithmetic: ClassVar[str | None] = "quotient"
 
     @property
     def joining(self) -> str:

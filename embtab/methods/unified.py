@@ -32,6 +32,7 @@ class Unified(Encoding):
     num_rows: int
 
     method: ClassVar[str] = "unified"
+    arithmetic: ClassVar[str | None] = "hash"
 
     @property
     def joining(self) -> str:
