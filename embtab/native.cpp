@@ -71,9 +71,6 @@ enum Optimizer { SGD, ADAGRAD, ROWWISE_ADAGRAD };
 
 constexpr int64_t AHEAD = 16;        // rows between asking for one and needing it
 constexpr int64_t LINE = 64;         // bytes that come together
-constexpr int64_t SAMPLES = 16;      // whose rows are dealt out together
-constexpr int64_t BUCKET = 1 << 18;  // bytes of gradients that are summed up together, for the second cache
-constexpr int MOST_BUCKETS = 10;     // bits
 constexpr size_t LARGE_PAGE = 1 << 21;
 constexpr int64_t MANY = 1 << 20;    // bytes of vectors from which on they are not kept in the caches
 
@@ -129,16 +126,6 @@ inline void by_feature(const Batch batch, int64_t from, int64_t to, Visit visit)
   each_bag(batch, from, to, [=](int64_t id, int64_t stop, int64_t vector) {
     for (; id < stop; id++) visit(id, vector);
   });
-}
-
-// The same for all bags, some samples at a time: near the order of the vectors.
-template <class Visit>
-inline void by_samples(const Batch batch, Visit visit) {
-  for (int64_t first = 0; first < batch.bags; first += SAMPLES)
-    for (int64_t feature = 0; feature < batch.features; feature++) {
-      const int64_t bag = feature * batch.bags + first;
-      by_feature(batch, bag, std::min(bag + SAMPLES, (feature + 1) * batch.bags), visit);
-    }
 }
 
 // Eight numbers at once, whatever the processor's vectors; they need not be aligned.
@@ -297,9 +284,8 @@ inline uint64_t mixed(uint32_t row) { return row * 0x9E3779B97F4A7C15u; }
 // Distinct rows, in the order in which they first occur.
 class Distinct {
  public:
-  // Forgets all rows and makes room for so many, whose mixed numbers have the same upper bits.
-  void start(int64_t most, int same) {
-    same_ = same;
+  // Forgets all rows and makes room for so many.
+  void start(int64_t most) {
     bits_ = 4;
     while ((int64_t{1} << bits_) < 2 * most) bits_++;
     rows_.room(most + 1);
@@ -310,10 +296,12 @@ class Distinct {
     before_ = 0;
   }
 
+  void ask_for(uint32_t row) { __builtin_prefetch(places_.at(home(row)), true); }
+
   // Where a row stands among the distinct ones.
   uint32_t slot(uint32_t row) {
-    const uint64_t last = (uint64_t{1} << bits_) - 1;
-    uint64_t at = mixed(row) << same_ >> (64 - bits_);
+    const int64_t last = (int64_t{1} << bits_) - 1;
+    int64_t at = home(row);
     while (places_[at].number > before_ && places_[at].row != row) at = (at + 1) & last;
     // No branch, for nobody can tell whether a row is new.
     const bool is_new = places_[at].number <= before_;
@@ -333,9 +321,10 @@ class Distinct {
     uint32_t number;  // slots are numbered on and on, so that numbers of former batches need not be wiped out
   };
 
+  int64_t home(uint32_t row) const { return static_cast<int64_t>(mixed(row) >> (64 - bits_)); }
+
   Kept<Place> places_;
   Kept<uint32_t> rows_;
-  int same_ = 0;
   int bits_ = 4;
   uint32_t before_ = 0;
   int64_t count_ = 0;
@@ -361,6 +350,18 @@ void write_rows(const Batch batch, const float *table, float *vectors, int64_t f
   });
 }
 
+// Vectors of one id each, whose rows are multiplied.
+template <bool PAST_THE_CACHES, class W>
+void write_products(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, W width) {
+  std::vector<float> numbers(static_cast<size_t>(2 * width), 1.0f);
+  each_bag(batch, from, to, [=, ones = numbers.data()](int64_t id, int64_t, int64_t vector) {
+    for (int64_t k = 0; k < batch.parts && id + AHEAD < batch.ids; k++)
+      ask<false>(table + batch.rows[k * batch.ids + id + AHEAD] * width, width);
+    multiply(ones + width, ones, batch.weights ? batch.weights[id] : 1.0f, batch, table, id, -1, width);
+    copy<PAST_THE_CACHES>(vectors + vector * width, ones + width, 1.0f, width);
+  });
+}
+
 // Sums of the vectors of bags.
 template <bool PAST_THE_CACHES, class W>
 void write_sums(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, W width) {
@@ -368,7 +369,7 @@ void write_sums(const Batch batch, const float *table, float *vectors, int64_t f
   const bool multiplied = batch.op == PRODUCT && batch.parts > 1;
   std::vector<float> numbers(static_cast<size_t>(size + 2 * width), 1.0f);
   each_bag(batch, from, to, [=, sum = numbers.data()](int64_t id, int64_t stop, int64_t vector) {
-    float *product = sum + size, *ones = product + width;
+    float *here = vectors + vector * size, *product = sum + size, *ones = product + width;
     std::fill_n(sum, size, 0.0f);
     for (; id < stop; id++) {
       const float weight = batch.weights ? batch.weights[id] : 1.0f;
@@ -382,13 +383,15 @@ void write_sums(const Batch batch, const float *table, float *vectors, int64_t f
       add(sum, product, 1.0f, width);
     }
     for (int64_t k = 0; k < beside; k++)
-      copy<PAST_THE_CACHES>(vectors + vector * size + k * width, sum + k * width, 1.0f, width);
+      copy<PAST_THE_CACHES>(here + k * width, sum + k * width, 1.0f, width);
   });
 }
 
 template <bool PAST_THE_CACHES, class W>
 void write_vectors(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, W width) {
-  if (batch.offsets || batch.parts > rows_beside(batch))
+  if (!batch.offsets && batch.op == PRODUCT && batch.parts > 1)
+    write_products<PAST_THE_CACHES>(batch, table, vectors, from, to, width);
+  else if (batch.offsets || batch.parts > rows_beside(batch))
     write_sums<PAST_THE_CACHES>(batch, table, vectors, from, to, width);
   else if (batch.parts == 1)
     write_rows<PAST_THE_CACHES>(batch, table, vectors, from, to, Width<1>{1}, width);
@@ -399,111 +402,80 @@ void write_vectors(const Batch batch, const float *table, float *vectors, int64_
 #endif
 }
 
-// Sums up the gradients of every row, in the order in which samples have it, and steps once on each. Rows are dealt out
-// to buckets, so that the sums of one stay in the cache; every caller has buckets of its own: part, part + parts, ...
+// Sums up the gradients of every row, in the order of the ids, feature after feature, and steps once on each. Every
+// caller has rows of its own.
 class Update {
  public:
   // Reads the batches and, for products, the tables; all callers have to be through before one goes on.
-  void deal(const Batch *batches, int64_t count, const Tables &tables, const float *gradient, int64_t part,
-            int64_t parts) {
-    part_ = part, parts_ = parts, has_weights_ = has_products_ = false;
-    int64_t rows = 0;
-    for (int64_t i = 0; i < count; i++) {
-      rows += batches[i].ids * batches[i].parts;
-      has_weights_ |= batches[i].weights != nullptr;
-      has_products_ |= batches[i].op == PRODUCT && batches[i].parts > 1;
-    }
-    bits_ = 1;
-    while (bits_ < MOST_BUCKETS && (rows * tables.width * static_cast<int64_t>(sizeof(float)) >> bits_) > BUCKET) bits_++;
-    while ((int64_t{1} << bits_) < 4 * parts) bits_++;
-    ends_.assign((size_t{1} << bits_) + 1, 0);
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t at = 0; at < batches[i].ids * batches[i].parts; at++)
-        ends_[bucket_of(static_cast<uint32_t>(batches[i].rows[at])) + 1]++;
-    for (int64_t bucket = 0; bucket < int64_t{1} << bits_; bucket++)
-      ends_[bucket + 1] = ends_[bucket] + (is_mine(bucket) ? ends_[bucket + 1] : 0);
-    items_.room(ends_.back() + 1);
-    if (has_weights_) weights_.room(ends_.back() + 1);
-    if (has_products_) products_.room((ends_.back() + 1) * tables.width);
-    next_.assign(ends_.begin(), ends_.end());
-    for (int64_t i = 0; i < count; i++)
-      with_width(tables.width, [&](auto width) { deal_out(batches[i], tables, gradient, width); });
+  void sum_up(const Batch *batches, int64_t count, const Tables &tables, const float *gradient, int64_t part,
+              int64_t parts) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) most += batches[i].ids * batches[i].parts;
+    distinct_.start(most);
+    slots_.room(most + 1);
+    uint32_t *slots = slots_.at(0);
+    for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++) find(batches[i], slots, part, parts);
+    const int64_t numbers = distinct_.count() * tables.width;
+    sums_.room(numbers + 1);
+    std::memset(sums_.at(0), 0, sizeof(float) * numbers);
+    slots = slots_.at(0);
+    for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
+      with_width(tables.width, [&](auto width) { add_up(batches[i], slots, tables.rows, gradient, width); });
   }
 
-  void run(const Tables &tables, const float *gradient) {
+  void run(const Tables &tables) {
     with_width(tables.width, [&](auto width) {
-      for (int64_t bucket = part_; bucket < int64_t{1} << bits_; bucket += parts_) work(bucket, tables, gradient, width);
+      const int64_t count = distinct_.count();
+      for (int64_t slot = 0; slot < count; slot++) {
+        if (slot + AHEAD < count) ask_for_step(tables, distinct_.row(slot + AHEAD), width);
+        step(tables, distinct_.row(slot), sums_.at(slot * width), width);
+      }
     });
   }
 
  private:
-  struct Item {
-    uint32_t row;
-    uint32_t place;  // of its gradient, in rows; OWN where that is among the products
-  };
-  static constexpr uint32_t OWN = UINT32_MAX;
+  static constexpr uint32_t NOT_MINE = UINT32_MAX;
 
-  int64_t bucket_of(uint32_t row) const { return static_cast<int64_t>(mixed(row) >> (64 - bits_)); }
-  bool is_mine(int64_t bucket) const { return parts_ == 1 || bucket % parts_ == part_; }
-
-  template <class W>
-  void deal_out(const Batch &batch, const Tables tables, const float *gradient, W width) {
-    float *products = batch.op == PRODUCT && batch.parts > 1 ? products_.at(0) : nullptr;
-    const int64_t beside = rows_beside(batch), first = batch.first / width;
-    for (int64_t k = 0; k < batch.parts; k++) {
-      const int64_t *rows = batch.rows + k * batch.ids;
-      const int64_t place = first + (beside > 1 ? k : 0);
-      by_samples(batch, [=, next = next_.data(), items = items_.at(0), bits = bits_](int64_t id, int64_t vector) {
-        const uint32_t row = static_cast<uint32_t>(rows[id]);
-        const int64_t bucket = static_cast<int64_t>(mixed(row) >> (64 - bits));
-        if (!is_mine(bucket)) return;
-        const int64_t at = next[bucket]++;
-        items[at] = Item{row, products ? OWN : static_cast<uint32_t>(place + vector * beside)};
-        if (has_weights_) weights_[at] = batch.weights ? batch.weights[id] : 1.0f;
-        if (!products) return;
-        for (int64_t other = 0; other < batch.parts; other++)
-          if (other != k && id + SAMPLES < batch.ids)
-            ask<false>(tables.rows + batch.rows[other * batch.ids + id + SAMPLES] * width, width);
-        multiply(products + at * width, gradient + batch.first + vector * width, 1.0f, batch, tables.rows, id, k, width);
-      });
-    }
-  }
-
-  template <class W>
-  void work(int64_t bucket, const Tables tables, const float *gradient, W width) {
-    const int64_t first = ends_[bucket], count = ends_[bucket + 1] - first;
-    const Item *items = items_.at(first);
-    distinct_.start(count, bits_);
-    slots_.room(count + 1);
-    for (int64_t i = 0; i < count; i++) slots_[i] = distinct_.slot(items[i].row);
-    const int64_t found = distinct_.count();
-    sums_.room((found + 1) * width);
-    float *sums = sums_.at(0);
-    const uint32_t *slots = slots_.at(0);
-    const float *weights = has_weights_ ? weights_.at(first) : nullptr;
-    const float *products = has_products_ ? products_.at(first * width) : nullptr;
-    const auto gradient_of = [=](int64_t i) {
-      if (products && items[i].place == OWN) return products + i * width;
-      return gradient + static_cast<int64_t>(items[i].place) * width;
-    };
-    std::memset(sums, 0, sizeof(float) * found * width);
+  // slots [K, N] of a batch's rows.
+  void find(const Batch &batch, uint32_t *slots, int64_t part, int64_t parts) {
+    const int64_t count = batch.ids * batch.parts;
     for (int64_t i = 0; i < count; i++) {
-      if (i + AHEAD < count) ask<false>(gradient_of(i + AHEAD), width);
-      add(sums + slots[i] * int64_t{width}, gradient_of(i), weights ? weights[i] : 1.0f, width);
-    }
-    for (int64_t slot = 0; slot < found; slot++) {
-      if (slot + AHEAD < found) ask_for_step(tables, distinct_.row(slot + AHEAD), width);
-      step(tables, distinct_.row(slot), sums + slot * width, width);
+      if (i + AHEAD < count) distinct_.ask_for(static_cast<uint32_t>(batch.rows[i + AHEAD]));
+      const uint32_t row = static_cast<uint32_t>(batch.rows[i]);
+      const bool mine = parts == 1 || static_cast<int64_t>(mixed(row) >> 32) % parts == part;
+      slots[i] = mine ? distinct_.slot(row) : NOT_MINE;
     }
   }
 
-  int64_t part_ = 0, parts_ = 1;
-  int bits_ = 1;
-  bool has_weights_ = false, has_products_ = false;
-  std::vector<int64_t> ends_, next_;
-  Kept<Item> items_;
-  Kept<float> weights_;
-  Kept<float> products_;
+  // Adds what reaches the rows of a batch to their sums.
+  template <class W>
+  void add_up(const Batch batch, const uint32_t *slots, const float *table, const float *gradient, W width) {
+    const bool multiplied = batch.op == PRODUCT && batch.parts > 1;
+    const int64_t beside = rows_beside(batch), next = (batch.offsets ? 1 : AHEAD) * batch.across;
+    std::vector<float> numbers(static_cast<size_t>(width));
+    by_feature(batch, 0, batch.features * batch.bags,
+               [=, sums = sums_.at(0), product = numbers.data()](int64_t id, int64_t vector) {
+      const float weight = batch.weights ? batch.weights[id] : 1.0f;
+      const float *above = gradient + batch.first + vector * beside * width;
+      ask<false>(above + next * beside * width, beside * width);
+      for (int64_t k = 0; k < batch.parts; k++) {
+        const int64_t at = k * batch.ids + id;
+        if (id + AHEAD < batch.ids) {
+          if (slots[at + AHEAD] != NOT_MINE) ask<true>(sums + slots[at + AHEAD] * int64_t{width}, width);
+          if (multiplied) ask<false>(table + batch.rows[at + AHEAD] * width, width);
+        }
+        if (slots[at] == NOT_MINE) continue;
+        float *sum = sums + slots[at] * int64_t{width};
+        if (multiplied) {
+          multiply(product, above, weight, batch, table, id, k, width);
+          add(sum, product, 1.0f, width);
+        } else {
+          add(sum, above + (beside > 1 ? k * width : 0), weight, width);
+        }
+      }
+    });
+  }
+
   Distinct distinct_;
   Kept<uint32_t> slots_;
   Kept<float> sums_;
@@ -579,7 +551,7 @@ void *embtab_begin_update(const Batch *batches, int64_t count, const Tables *tab
                           int64_t part, int64_t parts) {
   try {
     std::unique_ptr<Update> update = taken();
-    update->deal(batches, count, *tables, gradient, part, parts);
+    update->sum_up(batches, count, *tables, gradient, part, parts);
     return update.release();
   } catch (const std::bad_alloc &) {
     return nullptr;
@@ -587,10 +559,10 @@ void *embtab_begin_update(const Batch *batches, int64_t count, const Tables *tab
 }
 
 // The step itself, once all callers have begun; or, without tables, none. 1 where memory did not suffice.
-int32_t embtab_end_update(void *begun, const Tables *tables, const float *gradient) {
+int32_t embtab_end_update(void *begun, const Tables *tables) {
   std::unique_ptr<Update> update(static_cast<Update *>(begun));
   try {
-    if (tables) update->run(*tables, gradient);
+    if (tables) update->run(*tables);
     const std::lock_guard<std::mutex> lock(idle_lock);
     idle.push_back(std::move(update));
   } catch (const std::bad_alloc &) {

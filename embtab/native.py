@@ -3,13 +3,12 @@
 What it does otherwise than a kernel for any processor:
 
 - rows are asked for sixteen entries before they are needed, and tables lie in large pages: most of a lookup in a table
-  that no cache holds is waiting for memory;
+  that no cache holds is waiting for memory; many vectors are written past the caches, which then need not read them;
 - rows are computed of ids in one pass, hashes and quotients included;
 - vectors are read table after table, which is nearly twice as quick as sample after sample, and written where they
   belong, [B, F, D], so that nothing is transposed; rows that make one vector together are put side by side, added or
   multiplied on the way;
-- an update deals rows out to buckets of a cache's size, sums the gradients of each row and steps once; nothing is
-  sorted;
+- an update sums up the gradients of each row, found by a hash, and steps once; nothing is sorted;
 - widths are not padded.
 
 Every sum has one order and no multiplication is fused with an addition, so that tables come out bit by bit the same
@@ -253,8 +252,8 @@ class _Read:
         given = ctypes.byref(tables), gradient.data_ptr()
         begin = partial(library.embtab_begin_update, self._batches, len(self._batches), *given)
         begun = _together([partial(begin, part, threads) for part in range(threads)])
-        step = given if all(begun) else (None, None)
-        failed = _together([partial(library.embtab_end_update, each, *step) for each in begun if each])
+        stepped = given[0] if all(begun) else None
+        failed = _together([partial(library.embtab_end_update, each, stepped) for each in begun if each])
         if not all(begun) or any(failed):
             raise MemoryError(f"no memory left for the update of {self._ids} rows")
 
@@ -308,7 +307,7 @@ def _library() -> ctypes.CDLL:
         "embtab_sum_bags": (nothing, [*[pointer] * 3, *[integer] * 2]),
         "embtab_weight_gradients": (nothing, [*[pointer] * 4, *[integer] * 2]),
         "embtab_begin_update": (pointer, [pointer, integer, pointer, pointer, *[integer] * 2]),
-        "embtab_end_update": (ctypes.c_int32, [pointer] * 3),
+        "embtab_end_update": (ctypes.c_int32, [pointer] * 2),
     }
     for name, (result, arguments) in signatures.items():
         getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
