@@ -4,6 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # One thread: fbgemm stalls when its threads contend for cores.
 export OMP_NUM_THREADS ?= 1
+# Processes that run tests side by side.
+WORKERS ?= 2
 
 # With an NVIDIA driver torchrec's own dependency, the CUDA build of fbgemm-gpu, is right; without one it cannot be
 # imported, and the code-free package of packaging/ puts the CPU build in its place.
@@ -24,7 +26,7 @@ $(STAMP): pyproject.toml packaging/fbgemm-gpu-cpu/pyproject.toml
 	@touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Lines of embtab that no test of the default suite runs, processes that tests start included.
 coverage: $(STAMP)

@@ -200,6 +200,8 @@ class Block(nn.Module):
         Raises:
             UserError: when an id is out of range; it names feature, id and cardinality.
         """
+        if self.encoding.num_ids is None:  # nor has any other of the block
+            return
         for place, feature, limit in zip(self.places, self.features, self.limits, strict=True):
             least, most = cut.extremes[place]
             if limit is not None and (least < 0 or most >= limit):

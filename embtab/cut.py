@@ -5,8 +5,8 @@ F features   B bags per feature   N ids of the features
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -94,11 +94,13 @@ class Cut:
     def _taken(self, values: Tensor, ends: Sequence[int] | None, places: Sequence[int]) -> Tensor:
         """What features have of some values: B each, or as many as `ends` say."""
         at = (lambda key: key * self.stride) if ends is None else ends.__getitem__
-        parts = [values[at(first) : at(stop)] for first, stop in _runs([self._keys[place] for place in places])]
+        runs = _runs(tuple([self._keys[place] for place in places]))
+        parts = [values[at(first) : at(stop)] for first, stop in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _runs(keys: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Keys as ranges [first, stop) of neighbours."""
+@lru_cache(1024)
+def _runs(keys: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Keys as ranges [first, stop) of neighbours; batch after batch has the same."""
     starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(keys)) if b != a + 1), len(keys)]
-    yield from ((keys[a], keys[b - 1] + 1) for a, b in pairwise(starts))
+    return [(keys[a], keys[b - 1] + 1) for a, b in pairwise(starts)]

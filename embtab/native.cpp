@@ -82,9 +82,9 @@ __attribute__((always_inline)) inline void ask(const float *numbers, int64_t wid
   for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(start + at, FOR_WRITING);
 }
 
-// A width that the compiler knows, which makes loops of known length; W = 0 for one that it does not.
+// A number that the compiler knows, which makes loops of known length; W = 0 for one that it does not.
 template <int W>
-struct Width {
+struct Known {
   int64_t given;
   operator int64_t() const { return W ? W : given; }
 };
@@ -92,11 +92,21 @@ struct Width {
 template <class Work>
 inline void with_width(int64_t width, Work work) {
   switch (width) {
-    case 8: return work(Width<8>{width});
-    case 16: return work(Width<16>{width});
-    case 32: return work(Width<32>{width});
-    case 64: return work(Width<64>{width});
-    default: return work(Width<0>{width});
+    case 8: return work(Known<8>{width});
+    case 16: return work(Known<16>{width});
+    case 32: return work(Known<32>{width});
+    case 64: return work(Known<64>{width});
+    default: return work(Known<0>{width});
+  }
+}
+
+// The same for the number of parts.
+template <class Work>
+inline void with_parts(int64_t parts, Work work) {
+  switch (parts) {
+    case 1: return work(Known<1>{parts});
+    case 2: return work(Known<2>{parts});
+    default: return work(Known<0>{parts});
   }
 }
 
@@ -139,10 +149,13 @@ inline Eight eight(const float *at) {
 
 inline void put(float *at, Eight numbers) { std::memcpy(at, &numbers, sizeof numbers); }
 
+inline void add_to(float *sum, Eight numbers) { put(sum, eight(sum) + numbers); }
+inline void add_to(float *sum, float number) { *sum += number; }
+
 template <class W>
 inline void add(float *sum, const float *row, float weight, W width) {
   int64_t x = 0;
-  for (; x + 8 <= width; x += 8) put(sum + x, eight(sum + x) + weight * eight(row + x));
+  for (; x + 8 <= width; x += 8) add_to(sum + x, weight * eight(row + x));
   for (; x < width; x++) sum[x] += weight * row[x];
 }
 
@@ -158,34 +171,45 @@ inline void put_past_the_caches(float *at, Eight numbers) {
 #endif
 }
 
+template <bool PAST_THE_CACHES>
+inline void write(float *at, Eight numbers) {
+  if (PAST_THE_CACHES)
+    put_past_the_caches(at, numbers);
+  else
+    put(at, numbers);
+}
+
+template <bool PAST_THE_CACHES>
+inline void write(float *at, float number) {
+  *at = number;
+}
+
 template <bool PAST_THE_CACHES, class W>
 inline void copy(float *out, const float *row, float weight, W width) {
   int64_t x = 0;
-  for (; x + 8 <= width; x += 8)
-    if (PAST_THE_CACHES)
-      put_past_the_caches(out + x, weight * eight(row + x));
-    else
-      put(out + x, weight * eight(row + x));
+  for (; x + 8 <= width; x += 8) write<PAST_THE_CACHES>(out + x, weight * eight(row + x));
   for (; x < width; x++) out[x] = weight * row[x];
 }
 
-// The product of numbers, a weight and the rows of an id, but for one part's: `without`, or -1.
-template <class W>
-inline void multiply(float *out, const float *numbers, float weight, const Batch &batch, const float *table, int64_t id,
-                     int64_t without, W width) {
+// Gives use(x, product) the products of numbers (or of ones), a weight and the rows of an id, but for one part's:
+// `without`, or -1.
+template <class Parts, class W, class Use>
+inline void multiply(const float *numbers, float weight, const Batch &batch, const float *table, int64_t id,
+                     int64_t without, Parts parts, W width, Use use) {
   const auto row_of = [&](int64_t k) { return table + batch.rows[k * batch.ids + id] * width; };
+  const Eight ones = {1, 1, 1, 1, 1, 1, 1, 1};
   int64_t x = 0;
   for (; x + 8 <= width; x += 8) {
-    Eight product = weight * eight(numbers + x);
-    for (int64_t k = 0; k < batch.parts; k++)
+    Eight product = weight * (numbers ? eight(numbers + x) : ones);
+    for (int64_t k = 0; k < parts; k++)
       if (k != without) product *= eight(row_of(k) + x);
-    put(out + x, product);
+    use(x, product);
   }
   for (; x < width; x++) {
-    float product = weight * numbers[x];
-    for (int64_t k = 0; k < batch.parts; k++)
+    float product = weight * (numbers ? numbers[x] : 1.0f);
+    for (int64_t k = 0; k < parts; k++)
       if (k != without) product *= row_of(k)[x];
-    out[x] = product;
+    use(x, product);
   }
 }
 
@@ -351,52 +375,51 @@ void write_rows(const Batch batch, const float *table, float *vectors, int64_t f
 }
 
 // Vectors of one id each, whose rows are multiplied.
-template <bool PAST_THE_CACHES, class W>
-void write_products(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, W width) {
-  std::vector<float> numbers(static_cast<size_t>(2 * width), 1.0f);
-  each_bag(batch, from, to, [=, ones = numbers.data()](int64_t id, int64_t, int64_t vector) {
-    for (int64_t k = 0; k < batch.parts && id + AHEAD < batch.ids; k++)
+template <bool PAST_THE_CACHES, class Parts, class W>
+void write_products(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, Parts parts,
+                    W width) {
+  each_bag(batch, from, to, [=](int64_t id, int64_t, int64_t vector) {
+    for (int64_t k = 0; k < parts && id + AHEAD < batch.ids; k++)
       ask<false>(table + batch.rows[k * batch.ids + id + AHEAD] * width, width);
-    multiply(ones + width, ones, batch.weights ? batch.weights[id] : 1.0f, batch, table, id, -1, width);
-    copy<PAST_THE_CACHES>(vectors + vector * width, ones + width, 1.0f, width);
+    multiply(nullptr, batch.weights ? batch.weights[id] : 1.0f, batch, table, id, -1, parts, width,
+             [=](int64_t x, auto product) { write<PAST_THE_CACHES>(vectors + vector * width + x, product); });
   });
 }
 
 // Sums of the vectors of bags.
-template <bool PAST_THE_CACHES, class W>
-void write_sums(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, W width) {
+template <bool PAST_THE_CACHES, class Parts, class W>
+void write_sums(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, Parts parts, W width) {
   const int64_t beside = rows_beside(batch), size = beside * width;
-  const bool multiplied = batch.op == PRODUCT && batch.parts > 1;
-  std::vector<float> numbers(static_cast<size_t>(size + 2 * width), 1.0f);
+  const bool multiplied = batch.op == PRODUCT && parts > 1;
+  std::vector<float> numbers(static_cast<size_t>(size));
   each_bag(batch, from, to, [=, sum = numbers.data()](int64_t id, int64_t stop, int64_t vector) {
-    float *here = vectors + vector * size, *product = sum + size, *ones = product + width;
     std::fill_n(sum, size, 0.0f);
     for (; id < stop; id++) {
       const float weight = batch.weights ? batch.weights[id] : 1.0f;
-      for (int64_t k = 0; k < batch.parts; k++) {
+      for (int64_t k = 0; k < parts; k++) {
         const int64_t *rows = batch.rows + k * batch.ids;
         if (id + AHEAD < batch.ids) ask<false>(table + rows[id + AHEAD] * width, width);
         if (!multiplied) add(sum + (beside > 1 ? k * width : 0), table + rows[id] * width, weight, width);
       }
-      if (!multiplied) continue;
-      multiply(product, ones, weight, batch, table, id, -1, width);
-      add(sum, product, 1.0f, width);
+      if (multiplied)
+        multiply(nullptr, weight, batch, table, id, -1, parts, width,
+                 [=](int64_t x, auto product) { add_to(sum + x, product); });
     }
     for (int64_t k = 0; k < beside; k++)
-      copy<PAST_THE_CACHES>(here + k * width, sum + k * width, 1.0f, width);
+      copy<PAST_THE_CACHES>(vectors + vector * size + k * width, sum + k * width, 1.0f, width);
   });
 }
 
 template <bool PAST_THE_CACHES, class W>
 void write_vectors(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, W width) {
-  if (!batch.offsets && batch.op == PRODUCT && batch.parts > 1)
-    write_products<PAST_THE_CACHES>(batch, table, vectors, from, to, width);
-  else if (batch.offsets || batch.parts > rows_beside(batch))
-    write_sums<PAST_THE_CACHES>(batch, table, vectors, from, to, width);
-  else if (batch.parts == 1)
-    write_rows<PAST_THE_CACHES>(batch, table, vectors, from, to, Width<1>{1}, width);
-  else
-    write_rows<PAST_THE_CACHES>(batch, table, vectors, from, to, Width<0>{batch.parts}, width);
+  with_parts(batch.parts, [=](auto parts) {
+    if (batch.offsets || (batch.op == SUM && parts > 1))
+      write_sums<PAST_THE_CACHES>(batch, table, vectors, from, to, parts, width);
+    else if (batch.op == PRODUCT && parts > 1)
+      write_products<PAST_THE_CACHES>(batch, table, vectors, from, to, parts, width);
+    else
+      write_rows<PAST_THE_CACHES>(batch, table, vectors, from, to, parts, width);
+  });
 #ifdef __SSE2__
   if (PAST_THE_CACHES) _mm_sfence();
 #endif
@@ -420,7 +443,10 @@ class Update {
     std::memset(sums_.at(0), 0, sizeof(float) * numbers);
     slots = slots_.at(0);
     for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
-      with_width(tables.width, [&](auto width) { add_up(batches[i], slots, tables.rows, gradient, width); });
+      with_width(tables.width, [&](auto width) {
+        with_parts(batches[i].parts,
+                   [&](auto parts) { add_up(batches[i], slots, tables.rows, gradient, parts, width); });
+      });
   }
 
   void run(const Tables &tables) {
@@ -448,17 +474,16 @@ class Update {
   }
 
   // Adds what reaches the rows of a batch to their sums.
-  template <class W>
-  void add_up(const Batch batch, const uint32_t *slots, const float *table, const float *gradient, W width) {
-    const bool multiplied = batch.op == PRODUCT && batch.parts > 1;
+  template <class Parts, class W>
+  void add_up(const Batch batch, const uint32_t *slots, const float *table, const float *gradient, Parts parts,
+              W width) {
+    const bool multiplied = batch.op == PRODUCT && parts > 1;
     const int64_t beside = rows_beside(batch), next = (batch.offsets ? 1 : AHEAD) * batch.across;
-    std::vector<float> numbers(static_cast<size_t>(width));
-    by_feature(batch, 0, batch.features * batch.bags,
-               [=, sums = sums_.at(0), product = numbers.data()](int64_t id, int64_t vector) {
+    by_feature(batch, 0, batch.features * batch.bags, [=, sums = sums_.at(0)](int64_t id, int64_t vector) {
       const float weight = batch.weights ? batch.weights[id] : 1.0f;
       const float *above = gradient + batch.first + vector * beside * width;
       ask<false>(above + next * beside * width, beside * width);
-      for (int64_t k = 0; k < batch.parts; k++) {
+      for (int64_t k = 0; k < parts; k++) {
         const int64_t at = k * batch.ids + id;
         if (id + AHEAD < batch.ids) {
           if (slots[at + AHEAD] != NOT_MINE) ask<true>(sums + slots[at + AHEAD] * int64_t{width}, width);
@@ -466,12 +491,11 @@ class Update {
         }
         if (slots[at] == NOT_MINE) continue;
         float *sum = sums + slots[at] * int64_t{width};
-        if (multiplied) {
-          multiply(product, above, weight, batch, table, id, k, width);
-          add(sum, product, 1.0f, width);
-        } else {
+        if (multiplied)
+          multiply(above, weight, batch, table, id, k, parts, width,
+                   [=](int64_t x, auto product) { add_to(sum + x, product); });
+        else
           add(sum, above + (beside > 1 ? k * width : 0), weight, width);
-        }
       }
     });
   }

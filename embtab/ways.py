@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -111,7 +112,6 @@ class JoinedRows(Way):
 
     def __init__(self, blocks: Sequence[Block], cut: Cut, lookup: Lookup, pooled: bool = True) -> None:
         self.places = sorted(place for block in blocks for place in block.places)
-        column = {place: i for i, place in enumerate(self.places)}
         self.requests = []
         bags, columns = (cut.stride, len(self.places)) if pooled else (sum(cut.sizes_of(self.places)), 1)
         target = (bags, columns, blocks[0].encoding.dim)
@@ -119,7 +119,7 @@ class JoinedRows(Way):
             rows = block.placed_rows(cut.ids_of(block.places), cut.sizes_of(block.places), lookup)
             lengths = cut.lengths_of(block.places) if pooled and cut.bag != 1 else None
             weights = cut.weights_of(block.places) if pooled else None
-            among = torch.tensor([column[place] for place in block.places] if pooled else [0])
+            among = _columns(tuple(block.places), tuple(self.places)) if pooled else torch.tensor([0])
             joined = Joined(str(block.encoding.joining), among, target)
             self.requests.append(Request(block.widths[0], rows, lengths, weights, joined=joined))
 
@@ -131,6 +131,12 @@ class JoinedRows(Way):
     def each(self, answers: Iterator[Tensor]) -> Tensor:
         """The vector of every id [N, D], feature after feature, where they are not pooled."""
         return self.vectors(answers).squeeze(1)
+
+
+@lru_cache(1024)
+def _columns(places: tuple[int, ...], among: tuple[int, ...]) -> Tensor:
+    """int64 [F]: where places stand among others; batch after batch asks for the same."""
+    return torch.tensor([among.index(place) for place in places])
 
 
 class Bare(Way):
