@@ -85,6 +85,7 @@ __attribute__((always_inline)) inline void ask(const float *numbers, int64_t wid
 // A number that the compiler knows, which makes loops of known length; W = 0 for one that it does not.
 template <int W>
 struct Known {
+  static constexpr int number = W;  // or 0
   int64_t given;
   operator int64_t() const { return W ? W : given; }
 };
@@ -391,9 +392,12 @@ template <bool PAST_THE_CACHES, class Parts, class W>
 void write_sums(const Batch batch, const float *table, float *vectors, int64_t from, int64_t to, Parts parts, W width) {
   const int64_t beside = rows_beside(batch), size = beside * width;
   const bool multiplied = batch.op == PRODUCT && parts > 1;
-  std::vector<float> numbers(static_cast<size_t>(size));
-  each_bag(batch, from, to, [=, sum = numbers.data()](int64_t id, int64_t stop, int64_t vector) {
-    std::fill_n(sum, size, 0.0f);
+  std::vector<float> many(static_cast<size_t>(size));
+  each_bag(batch, from, to, [=, many = many.data()](int64_t id, int64_t stop, int64_t vector) {
+    constexpr int known = static_cast<int>(Parts::number) * static_cast<int>(W::number);
+    float few[known ? known : 1];  // so few that registers may hold them
+    float *sum = known ? few : many;
+    std::fill_n(sum, known ? int64_t{known} : size, 0.0f);
     for (; id < stop; id++) {
       const float weight = batch.weights ? batch.weights[id] : 1.0f;
       for (int64_t k = 0; k < parts; k++) {
