@@ -46,6 +46,7 @@ struct Batch {
 struct Tables {
   float *rows;     // [R, W]
   float *moments;  // nothing, [R, W] or [R], as the optimizer has it
+  int64_t count;   // R
   int64_t width;   // W
   int64_t optimizer;
   float lr;
@@ -436,10 +437,10 @@ class Update {
   // Reads the batches and, for products, the tables; all callers have to be through before one goes on.
   void sum_up(const Batch *batches, int64_t count, const Tables &tables, const float *gradient, int64_t part,
               int64_t parts) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < count; i++) most += batches[i].ids * batches[i].parts;
-    distinct_.start(most);
-    slots_.room(most + 1);
+    int64_t read = 0;
+    for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
+    distinct_.start(std::min(read, tables.count));
+    slots_.room(read + 1);
     uint32_t *slots = slots_.at(0);
     for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++) find(batches[i], slots, part, parts);
     const int64_t numbers = distinct_.count() * tables.width;

@@ -283,14 +283,15 @@ class _CBatch(ctypes.Structure):
 class _CTables(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "moments")),
-        *((name, ctypes.c_int64) for name in ("width", "optimizer")),
+        *((name, ctypes.c_int64) for name in ("count", "width", "optimizer")),
         *((name, ctypes.c_float) for name in ("lr", "eps")),
     )
 
 
 def _tables(stack: _Stack, optimizer: Optimizer) -> _CTables:
     kind = OPTIMIZERS.index(optimizer.name)
-    return _CTables(stack.rows.data_ptr(), stack.moments.data_ptr(), stack.rows.shape[1], kind, stack.lr, optimizer.eps)
+    pointers = stack.rows.data_ptr(), stack.moments.data_ptr()
+    return _CTables(*pointers, *stack.rows.shape, kind, stack.lr, optimizer.eps)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
