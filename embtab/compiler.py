@@ -1,19 +1,26 @@
-"""The C++ compiler of this machine."""
+"""Loops in C++: the compiler that builds them, threads to run them in, large pages for what they read."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from embtab.errors import UserError
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 
 
 def compiler(why: str) -> str:
@@ -31,34 +38,65 @@ def compiler(why: str) -> str:
     return command
 
 
-def build(source: Path) -> ctypes.CDLL:
+def build(source: Path, why: str, *flags: str) -> ctypes.CDLL:
     """The library made of a file, from `$XDG_CACHE_HOME/embtab` (`~/.cache/embtab`) where it was made before.
 
     A library there has the name of all that it depends on (source, flags, compiler and processor), and appears at once
     and whole, so that processes may build at the same time and be killed at any.
 
+    Args:
+        source: a C++ file that includes only what compilers come with.
+        why: who asks, for the errors.
+        flags: of the compiler, beside FLAGS.
+
     Raises:
         UserError: where there is no compiler, or it fails.
     """
-    command = compiler("the native backend")
-    version = _run([command, "--version"])
-    key = hashlib.sha256(repr((source.read_bytes(), FLAGS, command, version, _processor())).encode()).hexdigest()[:32]
+    command = compiler(why)
+    version = _run(why, [command, "--version"])
+    depends = source.read_bytes(), FLAGS, flags, command, version, _processor()
+    key = hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embtab"
     library = folder / f"{source.stem}-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as building:
             made = Path(building) / library.name
-            _run([command, *FLAGS, str(source), "-o", str(made)])
+            _run(why, [command, *FLAGS, *flags, str(source), "-o", str(made)])
             made.replace(library)
     return ctypes.CDLL(str(library))
 
 
-def _run(command: list[str]) -> str:
+def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of calls that let go of Python's lock, each but the first in a thread of its own."""
+    if len(calls) == 1:
+        return [calls[0]()]
+    with ThreadPoolExecutor(len(calls) - 1) as pool:
+        others = [pool.submit(call) for call in calls[1:]]
+        return [calls[0](), *(other.result() for other in others)]
+
+
+def in_large_pages(memory: Tensor) -> Tensor:
+    """The same tensor, new and on a CPU, whose memory will come in large pages where the system has them."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        skipped = -memory.data_ptr() % mmap.PAGESIZE
+        if memory.nbytes > skipped:
+            _advise()(memory.data_ptr() + skipped, memory.nbytes - skipped, mmap.MADV_HUGEPAGE)
+    return memory
+
+
+@cache
+def _advise() -> Any:
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise
+
+
+def _run(why: str, command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip() or f"exit status {done.returncode}"
-        raise UserError(f"the native backend could not be built by {' '.join(command)}: {said}")
+        raise UserError(f"{why} could not be built by {' '.join(command)}: {said}")
     return done.stdout
 
 

@@ -53,17 +53,6 @@ struct Tables {
   float eps;
 };
 
-// Large pages for memory that will be read at random.
-extern "C" void embtab_large_pages(void *memory, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 4096, first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const int64_t skipped = static_cast<int64_t>(first - reinterpret_cast<uintptr_t>(memory));
-  if (bytes > skipped) madvise(reinterpret_cast<void *>(first), static_cast<size_t>(bytes - skipped), MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
 namespace {
 
 enum Op { CONCAT, SUM, PRODUCT };
@@ -274,6 +263,17 @@ inline void rows_of(int64_t arithmetic, const int64_t *ids, int64_t count, int64
   }
 }
 
+// Large pages for memory that will be read at random.
+inline void in_large_pages(void *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 4096, first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const int64_t skipped = static_cast<int64_t>(first - reinterpret_cast<uintptr_t>(memory));
+  if (bytes > skipped) madvise(reinterpret_cast<void *>(first), static_cast<size_t>(bytes - skipped), MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 // Memory that grows and is kept: fresh pages cost more than the work that is done in them.
 template <class T>
 class Kept {
@@ -291,7 +291,7 @@ class Kept {
     memory_ = static_cast<T *>(std::aligned_alloc(LARGE_PAGE, bytes));
     if (!memory_) throw std::bad_alloc();
     count_ = static_cast<int64_t>(bytes / sizeof(T));
-    embtab_large_pages(memory_, static_cast<int64_t>(bytes));
+    in_large_pages(memory_, static_cast<int64_t>(bytes));
     clear();
     return true;
   }

@@ -20,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embtab.compiler import build
+from embtab.compiler import build, in_large_pages, together
 from embtab.errors import UserError
 from embtab.lookup import OPTIMIZERS, Joined, Optimizer, Request, StackedLookup
 from embtab.methods import Table
@@ -154,10 +153,7 @@ class _Stack:
 
 
 def _zeros(shape: tuple[int, ...]) -> Tensor:
-    """Zeros in large pages, where the system has them."""
-    memory = torch.empty(shape)
-    _library().embtab_large_pages(memory.data_ptr(), memory.nbytes)
-    return memory.zero_()
+    return in_large_pages(torch.empty(shape)).zero_()
 
 
 class _Vectors(torch.autograd.Function):
@@ -244,31 +240,22 @@ class _Read:
         pointers = [tensor.data_ptr() for tensor in tensors]
         threads, bags = self._threads(tables), self._batches[i].features * self._batches[i].bags
         ends = [bags * part // threads for part in range(threads + 1)]
-        _together([partial(function, batch, ctypes.byref(tables), *pointers, *part) for part in pairwise(ends)])
+        together([partial(function, batch, ctypes.byref(tables), *pointers, *part) for part in pairwise(ends)])
 
     def update(self, tables: _CTables, gradient: Tensor) -> None:
         """The optimizer's step on the rows that were read, by the gradients of the vectors."""
         library, threads = _library(), self._threads(tables)
         given = ctypes.byref(tables), gradient.data_ptr()
         begin = partial(library.embtab_begin_update, self._batches, len(self._batches), *given)
-        begun = _together([partial(begin, part, threads) for part in range(threads)])
+        begun = together([partial(begin, part, threads) for part in range(threads)])
         stepped = given[0] if all(begun) else None
-        failed = _together([partial(library.embtab_end_update, each, stepped) for each in begun if each])
+        failed = together([partial(library.embtab_end_update, each, stepped) for each in begun if each])
         if not all(begun) or any(failed):
             raise MemoryError(f"no memory left for the update of {self._ids} rows")
 
     def _threads(self, tables: _CTables) -> int:
         worth = self._ids * tables.width // WORTH_A_THREAD
         return max(1, min(torch.get_num_threads(), worth))
-
-
-def _together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The results of calls that let go of Python's lock, each but the first in a thread of its own."""
-    if len(calls) == 1:
-        return [calls[0]()]
-    with ThreadPoolExecutor(len(calls) - 1) as pool:
-        others = [pool.submit(call) for call in calls[1:]]
-        return [calls[0](), *(other.result() for other in others)]
 
 
 class _CBatch(ctypes.Structure):
@@ -300,10 +287,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = build(Path(__file__).with_suffix(".cpp"))
+    library = build(Path(__file__).with_suffix(".cpp"), "the native backend", "-ffp-contract=off")
     pointer, integer, nothing = ctypes.c_void_p, ctypes.c_int64, None
     signatures: dict[str, tuple[Any, list[Any]]] = {
-        "embtab_large_pages": (nothing, [pointer, integer]),
         "embtab_place_rows": (nothing, [integer, *[pointer] * 2, *[integer] * 2, *[pointer] * 3]),
         "embtab_sum_bags": (nothing, [*[pointer] * 3, *[integer] * 2]),
         "embtab_weight_gradients": (nothing, [*[pointer] * 4, *[integer] * 2]),

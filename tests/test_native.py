@@ -254,20 +254,21 @@ def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         NativeLookup([Table("t", 2**32, 4)], Optimizer())
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"native backend: there is no C\+\+ compiler 'no-such-compiler'.*CXX"):
-        compiler.build(Path(native.__file__).with_suffix(".cpp"))
+        compiler.build(Path(native.__file__).with_suffix(".cpp"), "the native backend")
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wrong = tmp_path / "wrong.cpp"
     wrong.write_text("this is no program\n")
-    with pytest.raises(UserError, match=r"could not be built.*wrong\.cpp.*error"):
-        compiler.build(wrong)
+    with pytest.raises(UserError, match=r"a test could not be built.*wrong\.cpp.*error"):
+        compiler.build(wrong, "a test")
     assert not list((tmp_path / "embtab").iterdir())  # nothing half made
 
 
 def test_processes_that_build_at_the_same_time_share_one_library(tmp_path: Path) -> None:
     source = tmp_path / "small.cpp"
     source.write_text('extern "C" int answer() { return 42; }\n')
-    ask = f"from pathlib import Path; from embtab.compiler import build; print(build(Path({str(source)!r})).answer())"
+    library = f"build(Path({str(source)!r}), 'a test')"
+    ask = f"from pathlib import Path; from embtab.compiler import build; print({library}.answer())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin:/usr/local/bin"}
     running = [
         subprocess.Popen([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, env=environment)

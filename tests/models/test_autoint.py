@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from embtab.errors import UserError
-from embtab.models.autoint import AutoInt, InteractingLayer, attend
+from embtab.models.autoint import AutoInt, InteractingLayer
 
 
 def weights(module):
@@ -163,25 +163,9 @@ def test_bad_sizes_are_named(options, says):
         AutoInt(**{"num_dense": 2, "num_features": 3, "dim": 4, **options})
 
 
-@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0, 300.0], ids=["small", "as trained", "large", "beyond exp"])
-@pytest.mark.parametrize("shift", [0.0, -200.0], ids=["centred", "all far below zero"])
-def test_attention_and_its_gradients_are_those_of_softmax(spread: float, shift: float) -> None:
-    """Also where exponentials overflow, and where all of them vanish."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 7, 4, dtype=torch.float64) for _ in range(3))
-    q[..., 0], k[..., 0] = shift, 1.0
-    q = q * spread**0.5 if shift == 0 else q
-    given = [each.requires_grad_() for each in (q, k, v)]
-    wanted = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
-    gradient = torch.randn_like(wanted)
-    wanted_gradients = torch.autograd.grad(wanted, given, gradient)
-    single = [each.detach().float().requires_grad_() for each in given]
-    found = attend(*single)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
-    for mine, other in zip(torch.autograd.grad(found, single, gradient.float()), wanted_gradients, strict=True):
-        torch.testing.assert_close(mine.double(), other, rtol=1e-3, atol=2e-3)
-
-
-def test_attention_of_scores_that_are_no_numbers_gives_none() -> None:
-    q = torch.full((1, 2, 3), float("nan"))
-    assert bool(attend(q, torch.ones(1, 2, 3), torch.ones(1, 2, 3)).isnan().all())
+def test_a_layer_with_hooks_is_called_by_itself_and_gives_the_same():
+    model, dense, embeddings = case(num_layers=3)
+    alone, seen = model(dense, embeddings), []
+    model.attention[1].register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    torch.testing.assert_close(model(dense, embeddings), alone)
+    assert [tensor.shape for pair in seen for tensor in pair] == [(6, 8, 6), (6, 8, 6)]

@@ -5,8 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embtab.models import autoint
-from embtab.models.autoint import AutoInt
 from embtab.models.layers import Linear, linear
 
 
@@ -48,18 +46,3 @@ def test_what_onednn_is_not_for_goes_through_torch() -> None:
     exported = torch.export.export(Linear(5, 8), (x,))
     assert any("linear" in str(node.target) and "mkldnn" not in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(linear(x[:0], weight), F.linear(x[:0], weight))
-
-
-def test_rows_in_chunks_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = AutoInt(2, 3, 4, attention_dim=8)
-    dense, embeddings = torch.rand(10, 2), torch.randn(10, 3, 4)
-    losses = []
-    for chunk in (10, 4):
-        monkeypatch.setattr(autoint, "CHUNK", chunk)
-        model.zero_grad()
-        logits = model(dense, embeddings)
-        logits.sum().backward()
-        losses.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
-    for whole, chunked in zip(*losses, strict=True):
-        torch.testing.assert_close(chunked, whole)
