@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -45,7 +46,7 @@ def build(source: Path, why: str, *flags: str) -> ctypes.CDLL:
     and whole, so that processes may build at the same time and be killed at any.
 
     Args:
-        source: a C++ file that includes only what compilers come with.
+        source: a C++ file that includes what compilers come with, and headers beside it.
         why: who asks, for the errors.
         flags: of the compiler, beside FLAGS.
 
@@ -54,7 +55,8 @@ def build(source: Path, why: str, *flags: str) -> ctypes.CDLL:
     """
     command = compiler(why)
     version = _run(why, [command, "--version"])
-    depends = source.read_bytes(), FLAGS, flags, command, version, _processor()
+    read = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.hpp")))]
+    depends = read, FLAGS, flags, command, version, _processor()
     key = hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embtab"
     library = folder / f"{source.stem}-{key}.so"
@@ -65,6 +67,15 @@ def build(source: Path, why: str, *flags: str) -> ctypes.CDLL:
             _run(why, [command, *FLAGS, *flags, str(source), "-o", str(made)])
             made.replace(library)
     return ctypes.CDLL(str(library))
+
+
+def build_or_warn(source: Path, what: str, *flags: str) -> ctypes.CDLL | None:
+    """The same for what torch computes as well, only slower: where it can't be built there is a warning, and None."""
+    try:
+        return build(source, what, *flags)
+    except UserError as error:
+        warnings.warn(f"{what} is computed by torch, which takes more than twice as long: {error}", stacklevel=2)
+        return None
 
 
 def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -6,13 +6,10 @@
 // cache from the first layer to the last. No function starts threads; each does some groups.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <new>
 #include <vector>
 
-using std::int32_t;
-using std::int64_t;
+#include "lanes.hpp"
 
 // A layer: q, k, v and the residual, one after the other, are x times the rows of the weight.
 struct Layer {
@@ -83,27 +80,10 @@ void product(int64_t rows, int64_t columns, int64_t depth, Matrix<A> a, Matrix<B
   for (; i < rows; i++) strip<1, ADDED>(columns, depth, a.from(i, 0), b, c.from(i, 0));
 }
 
-// e^x of x <= 0 to a few units of the last place: 2^n e^r with |r| <= ln(2) / 2 (Cephes' polynomial).
-inline Lanes exponential(Lanes x) {
-  const Lanes low = Lanes{} - 87.0f;
-  x = x < low ? low : x;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
-  const Lanes shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
-  const Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Whole power = (reinterpret_cast<Whole>(shifted) << 23) + (127 << 23);
-  return p * reinterpret_cast<Lanes>(power);
-}
-
 void softmax(Lanes *scores, int64_t count) {
   Lanes most = scores[0], sum{};
   for (int64_t j = 1; j < count; j++) most = scores[j] > most ? scores[j] : most;
-  for (int64_t j = 0; j < count; j++) sum += scores[j] = exponential(scores[j] - most);
+  for (int64_t j = 0; j < count; j++) sum += scores[j] = exponential<Lanes, Whole>(scores[j] - most);
   const Lanes share = 1.0f / sum;
   for (int64_t j = 0; j < count; j++) scores[j] *= share;
 }

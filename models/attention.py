@@ -11,7 +11,6 @@ than keeping it.
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import pairwise
@@ -21,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embtab.compiler import build, in_large_pages, together
-from embtab.errors import UserError
+from embtab.compiler import build_or_warn, in_large_pages, together
 
 
 def compiled(x: Tensor) -> bool:
@@ -129,13 +127,8 @@ def _lanes() -> int:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    try:
-        # Here every sum may be rounded as is quickest.
-        library = build(Path(__file__).with_suffix(".cpp"), "attention", "-ffp-contract=fast")
-    except UserError as error:
-        warnings.warn(
-            f"attention takes more than twice as long, because it has to be computed by torch: {error}", stacklevel=2
-        )
+    library = build_or_warn(Path(__file__).with_suffix(".cpp"), "attention", "-ffp-contract=fast")
+    if library is None:
         return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.embtab_lanes.restype, library.embtab_lanes.argtypes = integer, []

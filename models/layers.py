@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embtab.errors import UserError
-
-PIECE = 2048  # rows that Dice goes through at a time
+from embtab.models import dice
 
 ACTIVATIONS = ("dice", "prelu", "relu", "sigmoid")
 
@@ -105,7 +104,7 @@ class Dice(nn.Module):
     def forward(self, s: Tensor) -> Tensor:
         """Float [N, H] -> [N, H]."""
         of_batch = self.training and len(s) > 1
-        if s.device.type != "cpu" or s.dtype != torch.float32 or s.dim() != 2 or torch.compiler.is_compiling():
+        if not dice.compiled(s):
             p = torch.sigmoid(self.norm(s))
             return s * torch.lerp(self.alpha, torch.ones_like(self.alpha), p)  # alpha + p (1 - alpha), in one pass
         mean, var = self.norm.running_mean, self.norm.running_var
@@ -115,51 +114,7 @@ class Dice(nn.Module):
             assert self.norm.num_batches_tracked is not None
             self.norm.num_batches_tracked.add_(1)
             mean, var = torch.batch_norm_update_stats(s.detach(), mean, var, self.norm.momentum)  # type: ignore[arg-type]
-        out: Tensor = _Dice.apply(s, self.alpha, mean, (var + self.norm.eps).rsqrt(), of_batch)
-        return out
-
-
-class _Dice(torch.autograd.Function):
-    """In pieces that stay in the cache, and nothing kept but the input; written out, it takes longer than the products.
-
-    With z = (s - mean) / deviation and p = sigmoid(z): s (alpha + p (1 - alpha)).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, s: Tensor, alpha: Tensor, mean: Tensor, scale: Tensor, of_batch: bool) -> Tensor:
-        ctx.save_for_backward(s, alpha, mean, scale)
-        ctx.of_batch = of_batch
-        out = torch.empty_like(s)
-        for s_i, out_i in zip(s.split(PIECE), out.split(PIECE), strict=True):
-            torch.mul(s_i, _steps(s_i, mean, scale).mul_(1 - alpha).add_(alpha), out=out_i)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        s, alpha, mean, scale = ctx.saved_tensors
-        of_s, of_alpha = torch.empty_like(s), torch.zeros_like(alpha)
-        of_z, of_z_by_z = torch.zeros_like(alpha), torch.zeros_like(alpha)
-        for g_i, s_i, of_i in zip(gradient.split(PIECE), s.split(PIECE), of_s.split(PIECE), strict=True):
-            p = _steps(s_i, mean, scale)
-            gs = g_i * s_i
-            of_alpha += (gs * (1 - p)).sum(0)
-            of_z_i = gs.mul_(1 - alpha).mul_(p).mul_(1 - p)
-            of_z += of_z_i.sum(0)
-            of_z_by_z += (of_z_i * s_i).sum(0)
-            torch.mul(g_i, p.mul_(1 - alpha).add_(alpha), out=of_i)
-            of_i.addcmul_(of_z_i, scale)
-        if ctx.of_batch:  # mean and deviation are of s too
-            of_z_by_z = (of_z_by_z - mean * of_z) * scale
-            factor = scale * scale * of_z_by_z / len(s)
-            shift = scale * of_z / len(s) - factor * mean
-            for s_i, of_i in zip(s.split(PIECE), of_s.split(PIECE), strict=True):
-                of_i.sub_(shift).addcmul_(s_i, factor, value=-1)
-        return of_s, of_alpha, None, None, None
-
-
-def _steps(s: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(-mean * scale, s, scale).sigmoid_()
+        return dice.dice(s, self.alpha, mean, (var + self.norm.eps).rsqrt(), of_batch)
 
 
 def activation(name: str, width: int) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchrec
@@ -61,18 +62,28 @@ def make_tables(
         return _torchrec(case, optimizer, device)
     if name == TORCH:
         return _torch(case, device)
-    arm = name
-    name, _, compiled = name.partition("+")
+    chosen, backend, compiled = read_arm(name)
+    limit = None if chosen["name"] == "dense" else budget
+    planned = plan(case.features, chosen, limit, case.dim, precision=precision)
+    tables = EmbeddingBagCollection(planned, backend, Optimizer(optimizer, LR), device=device)
+    if compiled:
+        tables.compile_rows()
+    return Tables(lambda batch: tables(batch).values(), _nothing, tables)
+
+
+def read_arm(arm: str) -> tuple[dict[str, Any], str, bool]:
+    """A method of ours with its options, its backend, and whether its rows are compiled.
+
+    Raises:
+        UserError: for an arm that says something else.
+    """
+    name, _, compiled = arm.partition("+")
     name, _, backend = name.partition("@")
     if compiled not in ("", "compiled") or backend not in ("", "native", "fbgemm"):
         raise UserError(f"arm {arm}: a method may be followed by @native or @fbgemm, and then +compiled, only")
     method, _, options = name.partition(":")
     chosen = {"name": method} | dict(read_option(option) for option in options.split(",") if option)
-    planned = plan(case.features, chosen, None if method == "dense" else budget, case.dim, precision=precision)
-    tables = EmbeddingBagCollection(planned, backend or "fbgemm", Optimizer(optimizer, LR), device=device)
-    if compiled:
-        tables.compile_rows()
-    return Tables(lambda batch: tables(batch).values(), _nothing, tables)
+    return chosen, backend or "fbgemm", bool(compiled)
 
 
 def _nothing() -> None:

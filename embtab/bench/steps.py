@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embtab.bench.lookups import LR, TORCH, make_tables
+from embtab.bench.lookups import LR, TORCH, make_tables, read_arm
 from embtab.bench.timing import Arm, Stopwatch
 from embtab.bench.workload import Case, draw, numeric
 from embtab.collections import EmbeddingCollection
@@ -88,7 +88,7 @@ def din_arms(
     """DIN (activation unit 64, head 512-128-64) on items and their categories; `case.bag` events a history.
 
     Args:
-        names: of methods.
+        names: of methods, see `read_arm`.
         case: dim, batch, length of histories, skew.
         budget: of methods that compress.
         optimizer: of the tables.
@@ -98,9 +98,11 @@ def din_arms(
     batches, arms = din_batches(case, fill, device), {}
     for name in names:
         torch.manual_seed(0)
-        method, _, _ = name.partition(":")
-        planned = plan(EVENTS, method, None if method == "dense" else budget, case.dim)
-        tables = EmbeddingCollection(planned, optimizer=Optimizer(optimizer, LR), device=device)
+        chosen, backend, compiled = read_arm(name)
+        planned = plan(EVENTS, chosen, None if chosen["name"] == "dense" else budget, case.dim)
+        tables = EmbeddingCollection(planned, backend, Optimizer(optimizer, LR), device=device)
+        if compiled:
+            tables.compile_rows()
         model = DIN(0, 0, 2, case.dim, attention=(64,), hidden=(512, 128, 64), act="relu").to(device)
         task = SequenceTask(tables, model)
         arms[name] = _arm(task.loss, [task.configure_optimizers()], batches)
