@@ -305,15 +305,20 @@ class Kept {
   int64_t count_ = 0;
 };
 
-inline uint64_t mixed(uint32_t row) { return row * 0x9E3779B97F4A7C15u; }
+constexpr uint64_t MIXING = 0x9E3779B97F4A7C15u;
+
+constexpr uint32_t NOT_MINE = UINT32_MAX;
 
 // Distinct rows, in the order in which they first occur.
 class Distinct {
  public:
-  // Forgets all rows and makes room for so many.
-  void start(int64_t most) {
+  // Forgets all rows and makes room for so many, of a table of `count` rows.
+  void start(int64_t most, int64_t count) {
     bits_ = 4;
     while ((int64_t{1} << bits_) < 2 * most) bits_++;
+    // Where there are no more rows than places every row has its own.
+    const bool own = count <= int64_t{1} << bits_;
+    factor_ = own ? 1 : MIXING, shift_ = own ? 0 : 64 - bits_;
     rows_.room(most + 1);
     before_ += static_cast<uint32_t>(count_);
     count_ = 0;
@@ -322,20 +327,32 @@ class Distinct {
     before_ = 0;
   }
 
-  void ask_for(uint32_t row) { __builtin_prefetch(places_.at(home(row)), true); }
-
-  // Where a row stands among the distinct ones.
-  uint32_t slot(uint32_t row) {
-    const int64_t last = (int64_t{1} << bits_) - 1;
-    int64_t at = home(row);
-    while (places_[at].number > before_ && places_[at].row != row) at = (at + 1) & last;
-    // No branch, for nobody can tell whether a row is new.
-    const bool is_new = places_[at].number <= before_;
-    const uint32_t number = is_new ? before_ + static_cast<uint32_t>(count_) + 1 : places_[at].number;
-    places_[at] = Place{row, number};
-    rows_[count_] = row;
-    count_ += is_new;
-    return number - before_ - 1;
+  // Where each row stands among the distinct ones; NOT_MINE for rows that are not.
+  template <class Mine>
+  void find(const int64_t *rows, int64_t count, uint32_t *slots, Mine mine) {
+    Place *places = places_.at(0);
+    uint32_t *distinct = rows_.at(0), found = static_cast<uint32_t>(count_);
+    const uint32_t before = before_;
+    const uint64_t factor = factor_, last = (uint64_t{1} << bits_) - 1;
+    const int shift = shift_;
+    for (int64_t i = 0; i < count; i++) {
+      if (i + AHEAD < count) __builtin_prefetch(places + (static_cast<uint32_t>(rows[i + AHEAD]) * factor >> shift), true);
+      const uint32_t row = static_cast<uint32_t>(rows[i]);
+      if (!mine(row)) {
+        slots[i] = NOT_MINE;
+        continue;
+      }
+      uint64_t at = row * factor >> shift;
+      while (places[at].number > before && places[at].row != row) at = (at + 1) & last;
+      // No branch, for nobody can tell whether a row is new.
+      const bool is_new = places[at].number <= before;
+      const uint32_t number = is_new ? before + found + 1 : places[at].number;
+      places[at] = Place{row, number};
+      distinct[found] = row;
+      found += is_new;
+      slots[i] = number - before - 1;
+    }
+    count_ = found;
   }
 
   int64_t count() const { return count_; }
@@ -347,11 +364,10 @@ class Distinct {
     uint32_t number;  // slots are numbered on and on, so that numbers of former batches need not be wiped out
   };
 
-  int64_t home(uint32_t row) const { return static_cast<int64_t>(mixed(row) >> (64 - bits_)); }
-
   Kept<Place> places_;
   Kept<uint32_t> rows_;
-  int bits_ = 4;
+  uint64_t factor_ = MIXING;
+  int bits_ = 4, shift_ = 60;
   uint32_t before_ = 0;
   int64_t count_ = 0;
 };
@@ -439,10 +455,18 @@ class Update {
               int64_t parts) {
     int64_t read = 0;
     for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
-    distinct_.start(std::min(read, tables.count));
+    distinct_.start(std::min(read, tables.count), tables.count);
     slots_.room(read + 1);
     uint32_t *slots = slots_.at(0);
-    for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++) find(batches[i], slots, part, parts);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t size = batches[i].ids * batches[i].parts;
+      if (parts == 1)
+        distinct_.find(batches[i].rows, size, slots, [](uint32_t) { return true; });
+      else
+        distinct_.find(batches[i].rows, size, slots,
+                       [=](uint32_t row) { return static_cast<int64_t>(row * MIXING >> 32) % parts == part; });
+      slots += size;
+    }
     const int64_t numbers = distinct_.count() * tables.width;
     sums_.room(numbers + 1);
     std::memset(sums_.at(0), 0, sizeof(float) * numbers);
@@ -465,19 +489,6 @@ class Update {
   }
 
  private:
-  static constexpr uint32_t NOT_MINE = UINT32_MAX;
-
-  // slots [K, N] of a batch's rows.
-  void find(const Batch &batch, uint32_t *slots, int64_t part, int64_t parts) {
-    const int64_t count = batch.ids * batch.parts;
-    for (int64_t i = 0; i < count; i++) {
-      if (i + AHEAD < count) distinct_.ask_for(static_cast<uint32_t>(batch.rows[i + AHEAD]));
-      const uint32_t row = static_cast<uint32_t>(batch.rows[i]);
-      const bool mine = parts == 1 || static_cast<int64_t>(mixed(row) >> 32) % parts == part;
-      slots[i] = mine ? distinct_.slot(row) : NOT_MINE;
-    }
-  }
-
   // Adds what reaches the rows of a batch to their sums.
   template <class Parts, class W>
   void add_up(const Batch batch, const uint32_t *slots, const float *table, const float *gradient, Parts parts,
