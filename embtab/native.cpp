@@ -305,20 +305,17 @@ class Kept {
   int64_t count_ = 0;
 };
 
-constexpr uint64_t MIXING = 0x9E3779B97F4A7C15u;
+inline uint64_t mixed(int64_t row) { return static_cast<uint64_t>(row) * 0x9E3779B97F4A7C15u; }
 
-constexpr uint32_t NOT_MINE = UINT32_MAX;
+constexpr int64_t NOT_MINE = UINT32_MAX;
 
 // Distinct rows, in the order in which they first occur.
 class Distinct {
  public:
-  // Forgets all rows and makes room for so many, of a table of `count` rows.
-  void start(int64_t most, int64_t count) {
+  // Forgets all rows and makes room for so many.
+  void start(int64_t most) {
     bits_ = 4;
     while ((int64_t{1} << bits_) < 2 * most) bits_++;
-    // Where there are no more rows than places every row has its own.
-    const bool own = count <= int64_t{1} << bits_;
-    factor_ = own ? 1 : MIXING, shift_ = own ? 0 : 64 - bits_;
     rows_.room(most + 1);
     before_ += static_cast<uint32_t>(count_);
     count_ = 0;
@@ -333,16 +330,16 @@ class Distinct {
     Place *places = places_.at(0);
     uint32_t *distinct = rows_.at(0), found = static_cast<uint32_t>(count_);
     const uint32_t before = before_;
-    const uint64_t factor = factor_, last = (uint64_t{1} << bits_) - 1;
-    const int shift = shift_;
+    const uint64_t last = (uint64_t{1} << bits_) - 1;
+    const int shift = 64 - bits_;
     for (int64_t i = 0; i < count; i++) {
-      if (i + AHEAD < count) __builtin_prefetch(places + (static_cast<uint32_t>(rows[i + AHEAD]) * factor >> shift), true);
-      const uint32_t row = static_cast<uint32_t>(rows[i]);
-      if (!mine(row)) {
-        slots[i] = NOT_MINE;
+      if (i + AHEAD < count) __builtin_prefetch(places + (mixed(rows[i + AHEAD]) >> shift), true);
+      if (!mine(rows[i])) {
+        slots[i] = static_cast<uint32_t>(NOT_MINE);
         continue;
       }
-      uint64_t at = row * factor >> shift;
+      const uint32_t row = static_cast<uint32_t>(rows[i]);
+      uint64_t at = mixed(row) >> shift;
       while (places[at].number > before && places[at].row != row) at = (at + 1) & last;
       // No branch, for nobody can tell whether a row is new.
       const bool is_new = places[at].number <= before;
@@ -356,7 +353,7 @@ class Distinct {
   }
 
   int64_t count() const { return count_; }
-  int64_t row(int64_t slot) { return rows_[slot]; }
+  const uint32_t *rows() { return rows_.at(0); }
 
  private:
   struct Place {
@@ -366,8 +363,7 @@ class Distinct {
 
   Kept<Place> places_;
   Kept<uint32_t> rows_;
-  uint64_t factor_ = MIXING;
-  int bits_ = 4, shift_ = 60;
+  int bits_ = 4;
   uint32_t before_ = 0;
   int64_t count_ = 0;
 };
@@ -448,6 +444,9 @@ void write_vectors(const Batch batch, const float *table, float *vectors, int64_
 
 // Sums up the gradients of every row, in the order of the ids, feature after feature, and steps once on each. Every
 // caller has rows of its own.
+//
+// Sums lie one after the other in the order in which rows occur, found by a hash. Where the table has hardly more rows
+// than are read each row has a sum of its own, and nothing is looked for.
 class Update {
  public:
   // Reads the batches and, for products, the tables; all callers have to be through before one goes on.
@@ -455,44 +454,57 @@ class Update {
               int64_t parts) {
     int64_t read = 0;
     for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
-    distinct_.start(std::min(read, tables.count), tables.count);
-    slots_.room(read + 1);
-    uint32_t *slots = slots_.at(0);
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t size = batches[i].ids * batches[i].parts;
-      if (parts == 1)
-        distinct_.find(batches[i].rows, size, slots, [](uint32_t) { return true; });
-      else
-        distinct_.find(batches[i].rows, size, slots,
-                       [=](uint32_t row) { return static_cast<int64_t>(row * MIXING >> 32) % parts == part; });
-      slots += size;
+    each_has_a_sum_ = tables.count <= 2 * read;
+    const auto mine = [=](int64_t row) {
+      return parts == 1 || static_cast<int64_t>(mixed(row) >> 32) % parts == part;
+    };
+    if (each_has_a_sum_) {
+      marked_.room(tables.count);
+      rows_.room(tables.count + 1);
+      sums_.room(tables.count * tables.width);
+      for (int64_t i = 0; i < count; i++)
+        add_up(batches[i], tables, gradient, [=, rows = batches[i].rows, marked = marked_.at(0)](int64_t at) {
+          const bool is_mine = mine(rows[at]);
+          if (is_mine) marked[rows[at]] = 1;
+          return is_mine ? rows[at] : NOT_MINE;
+        });
+      return;
     }
-    const int64_t numbers = distinct_.count() * tables.width;
-    sums_.room(numbers + 1);
-    std::memset(sums_.at(0), 0, sizeof(float) * numbers);
-    slots = slots_.at(0);
+    distinct_.start(read);
+    rows_.room(read + 1);
+    uint32_t *slots = rows_.at(0);
     for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
-      with_width(tables.width, [&](auto width) {
-        with_parts(batches[i].parts,
-                   [&](auto parts) { add_up(batches[i], slots, tables.rows, gradient, parts, width); });
-      });
+      distinct_.find(batches[i].rows, batches[i].ids * batches[i].parts, slots, mine);
+    sums_.room(distinct_.count() * tables.width + 1);
+    slots = rows_.at(0);
+    for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
+      add_up(batches[i], tables, gradient, [=](int64_t at) { return int64_t{slots[at]}; });
   }
 
   void run(const Tables &tables) {
-    with_width(tables.width, [&](auto width) {
-      const int64_t count = distinct_.count();
+    const int64_t count = each_has_a_sum_ ? list_marked(tables.count) : distinct_.count();
+    const uint32_t *rows = each_has_a_sum_ ? rows_.at(0) : distinct_.rows();
+    with_width(tables.width, [=, sums = sums_.at(0), by_row = each_has_a_sum_](auto width) {
       for (int64_t slot = 0; slot < count; slot++) {
-        if (slot + AHEAD < count) ask_for_step(tables, distinct_.row(slot + AHEAD), width);
-        step(tables, distinct_.row(slot), sums_.at(slot * width), width);
+        if (slot + AHEAD < count) ask_for_step(tables, rows[slot + AHEAD], width);
+        float *sum = sums + (by_row ? rows[slot] : slot) * int64_t{width};
+        step(tables, rows[slot], sum, width);
+        std::fill_n(sum, int64_t{width}, 0.0f);  // for the next batch
       }
     });
   }
 
  private:
-  // Adds what reaches the rows of a batch to their sums.
-  template <class Parts, class W>
-  void add_up(const Batch batch, const uint32_t *slots, const float *table, const float *gradient, Parts parts,
-              W width) {
+  // Adds what reaches the rows of a batch to their sums, whose places slot_of says.
+  template <class Slot>
+  void add_up(const Batch batch, const Tables &tables, const float *gradient, Slot slot_of) {
+    with_width(tables.width, [&](auto width) {
+      with_parts(batch.parts, [&](auto parts) { add_up(batch, tables.rows, gradient, slot_of, parts, width); });
+    });
+  }
+
+  template <class Slot, class Parts, class W>
+  void add_up(const Batch batch, const float *table, const float *gradient, Slot slot_of, Parts parts, W width) {
     const bool multiplied = batch.op == PRODUCT && parts > 1;
     const int64_t beside = rows_beside(batch), next = (batch.offsets ? 1 : AHEAD) * batch.across;
     by_feature(batch, 0, batch.features * batch.bags, [=, sums = sums_.at(0)](int64_t id, int64_t vector) {
@@ -502,11 +514,13 @@ class Update {
       for (int64_t k = 0; k < parts; k++) {
         const int64_t at = k * batch.ids + id;
         if (id + AHEAD < batch.ids) {
-          if (slots[at + AHEAD] != NOT_MINE) ask<true>(sums + slots[at + AHEAD] * int64_t{width}, width);
+          const int64_t later = slot_of(at + AHEAD);
+          if (later != NOT_MINE) ask<true>(sums + later * width, width);
           if (multiplied) ask<false>(table + batch.rows[at + AHEAD] * width, width);
         }
-        if (slots[at] == NOT_MINE) continue;
-        float *sum = sums + slots[at] * int64_t{width};
+        const int64_t slot = slot_of(at);
+        if (slot == NOT_MINE) continue;
+        float *sum = sums + slot * width;
         if (multiplied)
           multiply(above, weight, batch, table, id, k, parts, width,
                    [=](int64_t x, auto product) { add_to(sum + x, product); });
@@ -516,9 +530,23 @@ class Update {
     });
   }
 
+  // The rows that are marked, and no longer are, as the first of rows_.
+  int64_t list_marked(int64_t count) {
+    uint32_t *rows = rows_.at(0), found = 0;
+    uint8_t *marked = marked_.at(0);
+    for (int64_t row = 0; row < count; row++) {
+      rows[found] = static_cast<uint32_t>(row);
+      found += marked[row];
+      marked[row] = 0;
+    }
+    return found;
+  }
+
+  bool each_has_a_sum_ = false;
   Distinct distinct_;
-  Kept<uint32_t> slots_;
-  Kept<float> sums_;
+  Kept<uint32_t> rows_;    // slots [K, N] of the rows of all batches, or the rows that are marked
+  Kept<uint8_t> marked_;   // rows that occur; none between updates
+  Kept<float> sums_;       // zeros between updates
 };
 
 // Updates that nobody is running, for their memory.
@@ -602,7 +630,8 @@ void *embtab_begin_update(const Batch *batches, int64_t count, const Tables *tab
 int32_t embtab_end_update(void *begun, const Tables *tables) {
   std::unique_ptr<Update> update(static_cast<Update *>(begun));
   try {
-    if (tables) update->run(*tables);
+    if (!tables) return 0;
+    update->run(*tables);
     const std::lock_guard<std::mutex> lock(idle_lock);
     idle.push_back(std::move(update));
   } catch (const std::bad_alloc &) {
