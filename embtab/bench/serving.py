@@ -46,7 +46,7 @@ def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, 
     """The whole ranker, by each kind of tables.
 
     Args:
-        names: of tables, as `make_tables` takes them, in evaluation mode; or of a method followed by "@onnx" (an ONNX
+        names: of tables, as `make_tables` takes them ("hash@native"), in evaluation mode; or of a method followed by "@onnx" (an ONNX
             program under ONNX Runtime, one thread) or "@quantised" (rows in int8 in fbgemm's inference kernels).
         case: of one request; bags of one id for the two forms of serving.
         budget: of methods that compress, in the precision that is served.
@@ -83,7 +83,9 @@ def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, 
 
         return turn
 
-    return {name: served(*name.split("@", 1)) if "@" in name else trained(name) for name in names}
+    backends = ("native", "fbgemm")
+    asked = {name: name.partition("@")[::2] for name in names}
+    return {name: served(*of) if of[1] and of[1] not in backends else trained(name) for name, of in asked.items()}
 
 
 def _program(
