@@ -46,8 +46,9 @@ def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, 
     """The whole ranker, by each kind of tables.
 
     Args:
-        names: of tables, as `make_tables` takes them ("hash@native"), in evaluation mode; or of a method followed by "@onnx" (an ONNX
-            program under ONNX Runtime, one thread) or "@quantised" (rows in int8 in fbgemm's inference kernels).
+        names: of tables, as `make_tables` takes them ("hash@native"), in evaluation mode; or of a method followed by
+            "@onnx" (an ONNX program under ONNX Runtime, one thread) or "@quantised" (rows in int8 in fbgemm's
+            inference kernels).
         case: of one request; bags of one id for the two forms of serving.
         budget: of methods that compress, in the precision that is served.
         optimizer: which the tables were trained by.

@@ -169,16 +169,29 @@ class ServedTables(nn.Module):
         """
         if not self.single.issuperset(self.names):
             return torch.stack(list(self(inputs).values()), dim=1)
-        vectors = [self._of_rows(group, inputs) for group in self.groups]
-        joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
-        return joined.index_select(1, self.get_buffer("order")) if self.is_mixed else joined
+        computed = [self._rows_of_batch(group, inputs) for group in self.groups]
+        if all(group.encoding.bare for group in self.groups) and len({group.stacks for group in self.groups}) == 1:
+            # Each vector is a row of one stack: rows are put in order, for vectors are longer.
+            rows = self._in_order([rows.squeeze(1) for rows, _ in computed], 0)
+            return self._read(self.groups[0].stacks[0], rows.t())
+        vectors = [
+            self._combined(group, rows.permute(1, 2, 0), arrays)
+            for group, (rows, arrays) in zip(self.groups, computed, strict=True)
+        ]
+        return self._in_order(vectors, 1)
 
-    def _of_rows(self, group: Group, inputs: Inputs) -> Tensor:
-        """float32 [B, F, D] of a group whose features have one id in every row."""
+    def _rows_of_batch(self, group: Group, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """int64 [F, K, B] and arrays, as of `rows`, of a group whose features have one id in every row.
+
+        Long runs last: an operation of [F, K, B] and a constant of a few numbers is quick in every runtime.
+        """
         ids = torch.cat([inputs[f"ids.{feature.name}"] for feature in group.features])
-        # Long runs last: an operation of [F, K, B] and a constant of a few numbers is quick in every runtime.
-        rows, arrays = self.rows(group, ids.view(len(group.features), 1, -1), None)
-        return group.encoding.combine(self.parts(group, rows.permute(2, 0, 1)), arrays)
+        return self.rows(group, ids.view(len(group.features), 1, -1), None)
+
+    def _in_order(self, each: Sequence[Tensor], dim: int) -> Tensor:
+        """What the groups have, along the features, in plan order."""
+        joined = each[0] if len(each) == 1 else torch.cat(list(each), dim=dim)
+        return joined.index_select(dim, self.get_buffer("order")) if self.is_mixed else joined
 
     def _outputs(self, group: Group, inputs: Inputs) -> dict[str, Tensor]:
         names = [feature.name for feature in group.features]
@@ -195,7 +208,7 @@ class ServedTables(nn.Module):
     def vectors(self, group: Group, ids: Tensor, sizes: Sequence[int]) -> Tensor:
         """float32 [N, D]: the vectors of ids [N] of a group's features, which have as many ids each as `sizes` says."""
         rows, arrays = self.rows(group, ids.unsqueeze(1), sizes)
-        return group.encoding.combine(self.parts(group, rows), arrays)
+        return self._combined(group, rows.t(), arrays)
 
     def rows(self, group: Group, ids: Tensor, sizes: Sequence[int] | None) -> tuple[Tensor, dict[str, Tensor]]:
         """int64 [N, K]: where each part stands in its stack, -1 for a part that is not there; and the arrays.
@@ -224,21 +237,19 @@ class ServedTables(nn.Module):
         constants = self.get_buffer(place)
         return constants.unsqueeze(-1) if sizes is None else _spread(constants, sizes)
 
-    def parts(self, group: Group, rows: Tensor) -> Sequence[Tensor]:
-        """The K parts [..., W] of vectors, read from their tables at rows [..., K]."""
-        if len(set(group.stacks)) == 1 and not group.encoding.may_skip:  # in one go
-            alone = len(group.stacks) == 1
-            read = self._read(group.stacks[0], rows.squeeze(-1) if alone else rows)
-            return [read] if alone else read.unbind(-2)
-        parts = []
-        for k, stack in enumerate(group.stacks):
-            asked = rows[..., k]
-            if group.encoding.may_skip:  # a part that is not there is zero
-                read = self._read(stack, asked.clamp(min=0))
-                parts.append(torch.where((asked >= 0).unsqueeze(-1), read, 0.0))
-            else:
-                parts.append(self._read(stack, asked))
-        return parts or [rows]
+    def _combined(self, group: Group, rows: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        """float32 [..., D]: vectors whose parts are the rows [K, ...] of the group's stacks."""
+        if group.encoding.joining == "concat" and len(set(group.stacks)) == 1 and not group.encoding.may_skip:
+            read = self._read(group.stacks[0], rows.movedim(0, -1))  # side by side already
+            return read.flatten(-2)
+        parts = [self._part(group, stack, rows[k]) for k, stack in enumerate(group.stacks)]
+        return group.encoding.combine(parts or [rows.movedim(0, -1)], arrays)
+
+    def _part(self, group: Group, stack: str, rows: Tensor) -> Tensor:
+        """float32 [..., W]; a part that is not there is zero."""
+        if not group.encoding.may_skip:
+            return self._read(stack, rows)
+        return torch.where((rows >= 0).unsqueeze(-1), self._read(stack, rows.clamp(min=0)), 0.0)
 
     def _read(self, stack: str, rows: Tensor) -> Tensor:
         """[..., W]: rows [...] of a stack."""
