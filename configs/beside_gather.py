@@ -65,7 +65,7 @@ def main() -> None:
 
 def loops(tables: et.EmbeddingBagCollection, batches: list, case: Case) -> dict[str, Callable[[int], object]]:
     """The loop on the same memory, each way."""
-    function = build(Path(__file__).with_name("gather.cpp")).gather
+    function = build(Path(__file__).with_name("gather.cpp"), "the comparison").gather
     firsts = torch.tensor([0, *accumulate(case.cardinalities)][:-1]).repeat_interleave(case.batch)
     rows = [batch.values() + firsts for batch in batches]
     table, out = tables.lookup.stack(case.dim), torch.zeros(len(firsts), case.dim)
