@@ -63,6 +63,7 @@ constexpr int64_t AHEAD = 16;        // rows between asking for one and needing 
 constexpr int64_t LINE = 64;         // bytes that come together
 constexpr size_t LARGE_PAGE = 1 << 21;
 constexpr int64_t MANY = 1 << 20;    // bytes of vectors from which on they are not kept in the caches
+constexpr int64_t MOST_SUMS = 1 << 24;  // numbers of a table each of whose rows may have a sum of its own
 
 // Has memory brought near. (Always inline: a compiler that looks at it alone finds that it does nothing.)
 template <bool FOR_WRITING>
@@ -454,7 +455,7 @@ class Update {
               int64_t parts) {
     int64_t read = 0;
     for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
-    each_has_a_sum_ = tables.count <= 2 * read;
+    each_has_a_sum_ = tables.count <= 2 * read && tables.count * tables.width <= MOST_SUMS;
     const auto mine = [=](int64_t row) {
       return parts == 1 || static_cast<int64_t>(mixed(row) >> 32) % parts == part;
     };

@@ -176,7 +176,7 @@ def test_mistakes_are_named():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 7, 5000])
-def test_dice_in_pieces_is_dice_written_out(training: bool, rows: int):
+def test_dice_in_one_pass_is_dice_written_out(training: bool, rows: int):
     """Values, gradients and running statistics against float64, which goes the plain way."""
     torch.manual_seed(0)
     s = torch.randn(rows, 5) * 3 + 1
@@ -193,6 +193,21 @@ def test_dice_in_pieces_is_dice_written_out(training: bool, rows: int):
         found.append([out, *grads, dice.norm.running_mean, dice.norm.running_var])
     for wanted, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("without", ["three threads", "a compiler"])
+def test_dice_is_the_same(monkeypatch: pytest.MonkeyPatch, without: str):
+    torch.manual_seed(0)
+    s, gradient, found = torch.randn(70_000, 5), torch.randn(70_000, 5), []
+    for last in (False, True):
+        if last and without == "a compiler":
+            monkeypatch.setattr("embtab.models.dice._library", lambda: None)
+        monkeypatch.setattr(torch, "get_num_threads", lambda last=last: 1 if last else 3)
+        dice, given = Dice(5), s.clone().requires_grad_()
+        out = dice(given)
+        found.append([out, *torch.autograd.grad(out, [given, dice.alpha], gradient)])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_long_histories_of_any_length_score_as_short_ones(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""The linear layer that goes through oneDNN, against float64; and AutoInt computed in chunks of rows."""
+"""The linear layer that goes through oneDNN, against float64."""
 
 import numpy as np
 import pytest
