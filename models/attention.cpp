@@ -34,7 +34,7 @@ constexpr int LANES = 4, HIGH = 3, WIDE = 4;
 #endif
 
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
-typedef int32_t Whole __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Whole __attribute__((vector_size(LANES * 4)));
 
 // A matrix of whatever steps its elements lie at.
 template <class T>

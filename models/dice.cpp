@@ -18,7 +18,7 @@ struct Columns {
 namespace {
 
 inline float sigmoid(float z) {
-  const float e = exponential<float, int32_t>(z < 0 ? z : -z), share = 1.0f / (1.0f + e);
+  const float e = exponential<float, uint32_t>(z < 0 ? z : -z), share = 1.0f / (1.0f + e);
   return z < 0 ? e * share : share;
 }
 

@@ -7,6 +7,7 @@
 
 using std::int32_t;
 using std::int64_t;
+using std::uint32_t;
 
 template <class To, class From>
 __attribute__((always_inline)) inline To bits(From from) {
@@ -17,7 +18,7 @@ __attribute__((always_inline)) inline To bits(From from) {
 }
 
 // e^x of x <= 0 to a few units of the last place: 2^n e^r with |r| <= ln(2) / 2 (Cephes' polynomial). Real: float or a
-// vector of them; Whole: the integers of its size.
+// vector of them; Whole: the integers of its size, without a sign.
 template <class Real, class Whole>
 __attribute__((always_inline)) inline Real exponential(Real x) {
   const Real low = Real{} - 87.0f;
@@ -31,6 +32,6 @@ __attribute__((always_inline)) inline Real exponential(Real x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Whole power = (bits<Whole>(shifted) << 23) + (127 << 23);
+  const Whole power = (bits<Whole>(shifted) << 23) + (127u << 23);
   return p * bits<Real>(power);
 }
