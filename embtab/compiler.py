@@ -74,7 +74,7 @@ def build_or_warn(source: Path, what: str, *flags: str) -> ctypes.CDLL | None:
     try:
         return build(source, what, *flags)
     except UserError as error:
-        warnings.warn(f"{what} is computed by torch, which takes more than twice as long: {error}", stacklevel=2)
+        warnings.warn(f"{what} is computed by torch, which takes longer: {error}", stacklevel=2)
         return None
 
 
