@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from embtab.compiler import build_or_warn, in_large_pages, together
+from embtab.errors import UserError
 
 
-def compiled(x: Tensor) -> bool:
-    """Whether `attend` takes a tensor: float32 on a CPU, where there is a C++ compiler; else a warning, once."""
-    simple = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return simple and _library() is not None
+def compiled(*tensors: Tensor) -> bool:
+    """Whether `attend` takes tensors: all float32 on a CPU, where there is a C++ compiler; else a warning, once."""
+    simple = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+    return simple and not torch.compiler.is_compiling() and _library() is not None
 
 
 def attend(x_bfd: Tensor, matrices: Sequence[Tensor], heads: Sequence[int]) -> Tensor:
@@ -40,7 +41,15 @@ def attend(x_bfd: Tensor, matrices: Sequence[Tensor], heads: Sequence[int]) -> T
 
     Returns:
         float32 [B, F, A] of the last layer.
+
+    Raises:
+        UserError: for matrices that do not fit each other, their heads, or x.
     """
+    width = x_bfd.shape[2]
+    for matrix, count in zip(matrices, heads, strict=True):
+        if matrix.shape[1] != width or len(matrix) % (4 * count):
+            raise UserError(f"a matrix {tuple(matrix.shape)} of {count} heads does not fit vectors of {width} numbers")
+        width = len(matrix) // 4
     keep = torch.is_grad_enabled() and any(each.requires_grad for each in (x_bfd, *matrices))
     out: Tensor = _Attend.apply(x_bfd.contiguous(), tuple(heads), keep, *(each.contiguous() for each in matrices))
     return out

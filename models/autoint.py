@@ -71,9 +71,10 @@ class InteractingLayer(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether the layer is no more than its matrices: it has no norm, and nobody waits for its in- or output."""
-        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-        return isinstance(self.norm, nn.Identity) and not any(hooks)
+        """Whether the layer is no more than its matrices: it has no norm, and nobody waits for what goes in or out."""
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooked = any(getattr(module, kind) for module in self.modules() for kind in kinds)
+        return isinstance(self.norm, nn.Identity) and not hooked
 
     def matrix(self) -> Tensor:
         """Those of q (with the scale), k, v and the residual, one below the other: float [4 * out_dim, in_dim]."""
@@ -86,7 +87,7 @@ class Interaction(nn.Sequential):
     def forward(self, x_bfd: Tensor) -> Tensor:
         """Float [b, f, d] -> [b, f, attention_dim], or as it came where there is no layer."""
         layers = [layer for layer in self if isinstance(layer, InteractingLayer) and layer.plain]
-        if not layers or len(layers) < len(self) or not attention.compiled(x_bfd):
+        if not layers or len(layers) < len(self) or not attention.compiled(x_bfd, *self.parameters()):
             out: Tensor = super().forward(x_bfd)
             return out
         return attention.attend(x_bfd, [layer.matrix() for layer in layers], [layer.num_heads for layer in layers])

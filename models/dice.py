@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from embtab.compiler import build_or_warn, together
+from embtab.errors import UserError
 
 WORTH_A_THREAD = 1 << 16
 """Numbers of each thread, at least."""
 
 
-def compiled(s: Tensor) -> bool:
-    """Whether `dice` takes a tensor: a float32 matrix on a CPU, where there is a C++ compiler; else a warning, once."""
-    simple = s.device.type == "cpu" and s.dtype == torch.float32 and s.dim() == 2
+def compiled(s: Tensor, alpha: Tensor) -> bool:
+    """Whether `dice` takes them: float32 on a CPU, s a matrix, where there is a C++ compiler; else a warning, once."""
+    simple = s.device.type == "cpu" and s.dtype == alpha.dtype == torch.float32 and s.dim() == 2
     return simple and not torch.compiler.is_compiling() and _library() is not None
 
 
@@ -36,7 +37,12 @@ def dice(s: Tensor, alpha: Tensor, mean: Tensor, scale: Tensor, of_batch: bool) 
 
     Returns:
         float32 [N, H].
+
+    Raises:
+        UserError: when s has another width than alpha.
     """
+    if s.shape[1] != len(alpha):
+        raise UserError(f"Dice of {len(alpha)} columns got {s.shape[1]}")
     out: Tensor = _Dice.apply(s.contiguous(), alpha.contiguous(), mean, scale, of_batch)
     return out
 

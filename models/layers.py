@@ -104,7 +104,7 @@ class Dice(nn.Module):
     def forward(self, s: Tensor) -> Tensor:
         """Float [N, H] -> [N, H]."""
         of_batch = self.training and len(s) > 1
-        if not dice.compiled(s):
+        if not dice.compiled(s, self.alpha):
             p = torch.sigmoid(self.norm(s))
             return s * torch.lerp(self.alpha, torch.ones_like(self.alpha), p)  # alpha + p (1 - alpha), in one pass
         mean, var = self.norm.running_mean, self.norm.running_var

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embtab.errors import UserError
 from embtab.models import attention
 from embtab.models.autoint import AutoInt
 
@@ -119,6 +120,15 @@ def test_only_what_is_asked_for_has_a_gradient():
         again = attention.attend(x, [matrix], heads)
     assert not again.requires_grad
     assert torch.equal(again, out)
+
+
+def test_what_does_not_fit_is_refused():
+    x, matrices, heads = drawn(3, 4, 5, [(2, 3), (1, 4)])
+    with pytest.raises(UserError, match=r"\(24, 5\) of 2 heads does not fit vectors of 4 numbers"):
+        attention.attend(x[..., :4], matrices, heads)
+    with pytest.raises(UserError, match=r"of 5 heads"):
+        attention.attend(x, matrices, [5, 1])
+    assert not attention.compiled(x, matrices[0].double())
 
 
 def ranked(model, dense, embeddings):

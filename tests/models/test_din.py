@@ -172,6 +172,8 @@ def test_mistakes_are_named():
         ActivationUnit(3, ())
     with pytest.raises(UserError, match="dropout"):
         Head(3, dropout=1.0)
+    with pytest.raises(UserError, match="Dice of 3 columns got 4"):
+        Dice(3).eval()(torch.randn(5, 4))
 
 
 @pytest.mark.parametrize("training", [True, False])
