@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from embtab.compiler import build_or_warn, together
-from embtab.errors import UserError
 
 WORTH_A_THREAD = 1 << 16
 """Numbers of each thread, at least."""
@@ -29,7 +28,7 @@ def dice(s: Tensor, alpha: Tensor, mean: Tensor, scale: Tensor, of_batch: bool) 
     """Of numbers s: s * (alpha + (1 - alpha) * sigmoid((s - mean) * scale)); s is kept for backward, and nothing else.
 
     Args:
-        s: float32 [N, H].
+        s: float32 [N, H]; `Dice` makes sure of H.
         alpha: float32 [H].
         mean: float32 [H], subtracted.
         scale: float32 [H], what the rest is multiplied with.
@@ -37,12 +36,7 @@ def dice(s: Tensor, alpha: Tensor, mean: Tensor, scale: Tensor, of_batch: bool) 
 
     Returns:
         float32 [N, H].
-
-    Raises:
-        UserError: when s has another width than alpha.
     """
-    if s.shape[1] != len(alpha):
-        raise UserError(f"Dice of {len(alpha)} columns got {s.shape[1]}")
     out: Tensor = _Dice.apply(s.contiguous(), alpha.contiguous(), mean, scale, of_batch)
     return out
 

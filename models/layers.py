@@ -102,7 +102,13 @@ class Dice(nn.Module):
         self.norm = BatchNorm(width, eps=1e-8, affine=False)
 
     def forward(self, s: Tensor) -> Tensor:
-        """Float [N, H] -> [N, H]."""
+        """Float [N, H] -> [N, H].
+
+        Raises:
+            UserError: for another width.
+        """
+        if s.shape[-1] != len(self.alpha):  # torch's own statistics would not look
+            raise UserError(f"Dice of {len(self.alpha)} columns got {s.shape[-1]}")
         of_batch = self.training and len(s) > 1
         if not dice.compiled(s, self.alpha):
             p = torch.sigmoid(self.norm(s))

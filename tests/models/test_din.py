@@ -173,7 +173,7 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="dropout"):
         Head(3, dropout=1.0)
     with pytest.raises(UserError, match="Dice of 3 columns got 4"):
-        Dice(3).eval()(torch.randn(5, 4))
+        Dice(3)(torch.randn(5, 4))
 
 
 @pytest.mark.parametrize("training", [True, False])
