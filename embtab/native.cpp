@@ -471,7 +471,7 @@ class Update {
         });
       return;
     }
-    distinct_.start(read);
+    distinct_.start(std::min(read, tables.count));
     rows_.room(read + 1);
     uint32_t *slots = rows_.at(0);
     for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
