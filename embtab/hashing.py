@@ -47,7 +47,7 @@ def hash_rows(ids: Array, seed: Array, num_rows: Array) -> Array:
         num_rows: int64 in [1, 2^31) that broadcasts against ids.
     """
     top31 = (_stirred(ids + seed) >> 33) & (2**31 - 1)
-    return ((top31 * num_rows) >> 31) & (2**31 - 1)  # the mask says to exporters that no sign is shifted in
+    return ((top31 * num_rows) >> 31) & (2**33 - 1)  # the mask says to exporters that no sign is shifted in
 
 
 def expected_collisions(num_ids: int, combinations: int) -> float:

@@ -95,6 +95,9 @@ def _named_shifts(program: torch.export.ExportedProgram) -> None:
     for node in program.graph.nodes:
         if node.target == aten.__rshift__.Scalar and _sign_is_cut_off(node):
             node.target = torch.ops.embtab.logical_right_shift.default
+            for mask in [user for user in node.users if user.args[1] == (1 << (64 - node.args[1])) - 1]:
+                mask.replace_all_uses_with(node)  # nothing else is left to cut off
+                program.graph_module.graph.erase_node(mask)
         node.target = known.get(node.target, node.target)
     program.graph_module.recompile()
 
