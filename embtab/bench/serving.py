@@ -23,7 +23,7 @@ from embtab.serving.exported import kind_of
 from embtab.serving.quantised import QuantisedTables
 from embtab.serving.ranker import Ranker
 
-FORMS = ("onnx", "quantised")
+FORMS = ("onnx", "aoti", "quantised")
 Inputs = dict[str, np.ndarray]
 
 
@@ -47,12 +47,12 @@ def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, 
 
     Args:
         names: of tables, as `make_tables` takes them ("hash@native"), in evaluation mode; or of a method followed by
-            "@onnx" (an ONNX program under ONNX Runtime, one thread) or "@quantised" (rows in int8 in fbgemm's
-            inference kernels).
-        case: of one request; bags of one id for the two forms of serving.
+            "@onnx" (an ONNX program under ONNX Runtime, one thread), "@aoti" (compiled by AOTInductor) or "@quantised"
+            (rows in int8 in fbgemm's inference kernels).
+        case: of one request; bags of one id for the forms of serving.
         budget: of methods that compress, in the precision that is served.
         optimizer: which the tables were trained by.
-        device: where requests are answered; those two forms are for CPUs.
+        device: where requests are answered; those forms are for CPUs.
 
     Raises:
         UserError: for another form, or one that does not take the case.
@@ -101,12 +101,13 @@ def _program(
         save(tables.module, Path(scratch) / "bundle")
         bundle = Bundle(Path(scratch) / "bundle")
         ranker = Ranker(bundle, model, num_dense=13, single=single)
-        if form == "onnx":
-            onnx, file = kind_of("onnx"), Path(scratch) / "model.onnx"
+        if form != "quantised":
+            kind = kind_of(form)
+            file = Path(scratch) / kind.FILE
             rows = replace(case, batch=3)  # whatever a request has: its length is left open
             example = _inputs(rows.batches(1, torch.device("cpu"))[0], numeric(rows, 1, torch.device("cpu"))[0][0])
-            onnx.write(ranker, {key: torch.from_numpy(array) for key, array in example.items()}, file)
-            return onnx.load(file)
+            kind.write(ranker, {key: torch.from_numpy(array) for key, array in example.items()}, file)
+            return kind.load(file)
         ranker.tables = QuantisedTables(bundle, single=single)
 
     @torch.no_grad()

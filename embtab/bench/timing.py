@@ -1,7 +1,8 @@
-"""Alternating measurements: every arm takes its turn in every round, so that a busy machine is busy for all of them."""
+"""Alternating measurements: every arm has its turn in every round, so that a busy machine is busy for all of them."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,10 @@ class Times:
 def alternate(
     arms: Mapping[str, Arm], rounds: int, device: torch.device, warmup: int = 2, title: str = ""
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds [rounds, phases] by arm: A B C, A B C, ...
+    """Seconds [rounds, phases] by arm: A B C, B A C, ...
+
+    Every round has all arms, in an order of its own: what an arm finds in the caches is what the one before has left,
+    and the same neighbour each time would make a difference where there is none.
 
     Args:
         arms: by name.
@@ -91,7 +95,7 @@ def alternate(
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in arms}
     for i in tqdm(range(warmup + rounds), desc=title, unit="round", leave=False, disable=not title):
-        for name, arm in arms.items():
+        for name, arm in random.Random(i).sample(list(arms.items()), len(arms)):
             watch = Stopwatch(device)
             arm(i, watch)
             seconds[name].append(watch.laps())

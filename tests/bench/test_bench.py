@@ -39,7 +39,9 @@ def test_arms_take_turns_and_warm_ups_are_thrown_away() -> None:
         return turn
 
     seconds = alternate({"a": arm("a"), "b": arm("b")}, rounds=3, device=CPU, warmup=1)
-    assert turns == [(name, i) for i in range(4) for name in "ab"]
+    assert sorted(turns, key=lambda turn: turn[1]) == turns  # round after round
+    assert sorted(turns) == [(name, i) for name in "ab" for i in range(4)]
+    assert len({"".join(name for name, i in turns if i == of) for of in range(4)}) == 2  # not always the same neighbour
     assert {name: times.shape for name, times in seconds.items()} == {"a": (3, 2), "b": (3, 2)}
 
 
@@ -191,7 +193,7 @@ def test_arms_in_another_form_are_measured(what: str, arm: str) -> None:
             "qr+fast",
             r"arm qr\+fast: a method may be followed by @native or @fbgemm, and then \+compiled, only",
         ),
-        ("serving", "qr@java", "forms are onnx, quantised"),
+        ("serving", "qr@java", "forms are onnx, aoti, quantised"),
         ("serving", f"{TORCHREC}@onnx", "only a method of embtab is served so"),
     ],
 )
