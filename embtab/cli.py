@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     # Threads that spin while they wait make fbgemm ten times slower on a machine that is shared (measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Large results in large pages: getting small ones from the system takes a fifth of the time of a DIN step.
+    # Large results in large pages: getting small ones from the system takes a quarter of a DIN step.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.getLogger("torch.fx").setLevel(logging.ERROR)  # a hint to developers of torchrec, at its import
     try:

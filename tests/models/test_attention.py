@@ -95,14 +95,12 @@ def test_what_is_no_number_spoils_its_own_row_only(worst):
 
 def test_threads_give_the_same(monkeypatch):
     x, matrices, heads = drawn(1000, 6, 5, [(2, 4), (2, 3)])
-    threads = torch.get_num_threads()
     answers = []
     for count in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         given = [each.clone().requires_grad_() for each in (x, *matrices)]
         out = attention.attend(given[0], given[1:], heads)
         answers.append([out, *torch.autograd.grad(out.square().sum(), given)])
-    assert threads >= 1
     (out, of_x, *of_matrices), (other, of_other, *of_others) = answers
     assert torch.equal(out, other)
     assert torch.equal(of_x, of_other)
