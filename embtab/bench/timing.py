@@ -20,6 +20,10 @@ class Stopwatch:
         self.on_gpu = device.type == "cuda"
         self._marks = [self._mark()]
 
+    def restart(self) -> None:
+        """Forgets what came before."""
+        self._marks = [self._mark()]
+
     def lap(self) -> None:
         """Ends a phase."""
         self._marks.append(self._mark())

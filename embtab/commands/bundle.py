@@ -38,6 +38,10 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         help="has one id in every row, so a program takes no offsets of it; repeatable, 'all' for all",
     )  # fmt: skip
     parser.add_argument(
+        "--stacked", action="store_true",
+        help="all features have one id in every row, and a program takes them as one array [rows, features]",
+    )  # fmt: skip
+    parser.add_argument(
         "--since", type=Path, action="append", default=[], metavar="BUNDLE",
         help="write only the rows that changed since this bundle; repeat for the deltas made after it, in order",
     )  # fmt: skip
@@ -79,8 +83,8 @@ def _export(arguments: argparse.Namespace) -> None:
         _export_delta(arguments, is_bundle)
     elif arguments.format in ("onnx", "aoti"):
         _export_program(arguments, is_bundle)
-    elif arguments.config or arguments.single:
-        raise UserError("--config and --single are of --format onnx and aoti; leave them out here")
+    elif arguments.config or arguments.single or arguments.stacked:
+        raise UserError("--config, --single and --stacked are of --format onnx and aoti; leave them out here")
     elif arguments.format != "bundle":
         _export_vectors(arguments, is_bundle)
     elif is_bundle:
@@ -102,6 +106,7 @@ def _export_delta(arguments: argparse.Namespace, is_bundle: bool) -> None:
         arguments.onnx,
         arguments.config,
         arguments.single,
+        arguments.stacked,
     )
     if arguments.format != "bundle" or any(given) or is_bundle:
         raise UserError(
@@ -124,13 +129,16 @@ def _export_program(arguments: argparse.Namespace, is_bundle: bool) -> None:
 
     if arguments.overwrite or arguments.vocab or arguments.quality or arguments.onnx:
         raise UserError("--overwrite, --vocab, --quality and --onnx are of bundles; leave them out here")
+    if arguments.stacked and arguments.single:
+        raise UserError("--single has no meaning beside --stacked, where every feature has one id in every row")
     refuse_existing(arguments.out, overwrite=False)
     if is_bundle:
         if arguments.precision or arguments.config:
             raise UserError("--precision and --config are of checkpoints; a bundle has its precision and no ranker")
         opened = Bundle(arguments.source)
         single = _single(arguments.single, opened)
-        export(ServedTables(opened, weighted=True, single=single), opened, arguments.out, arguments.format)
+        tables = ServedTables(opened, weighted=True, single=single, stacked=arguments.stacked)
+        export(tables, opened, arguments.out, arguments.format)
         return
     trained = load_trained(arguments.source, arguments.config)
     with hidden(arguments.out.with_name(f"{arguments.out.name}.tables")) as folder:
@@ -141,7 +149,8 @@ def _export_program(arguments: argparse.Namespace, is_bundle: bool) -> None:
             save(trained.attention, folder / "attention", precision=arguments.precision)
             attention = Bundle(folder / "attention", verify=False)
         single = _single(arguments.single, opened)
-        ranker = Ranker(opened, trained.model, trained.num_dense, single=single, attention=attention)
+        form = {"single": single, "stacked": arguments.stacked}
+        ranker = Ranker(opened, trained.model, trained.num_dense, attention=attention, **form)
         export(ranker, opened, arguments.out, arguments.format, trained.about)
 
 

@@ -7,6 +7,7 @@ where it is made.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import treespec_loads
 
 from embtab.errors import UserError
 from embtab.files import scratch
@@ -36,6 +38,7 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
     from torch._inductor.utils import fresh_cache
 
     program = captured(module, example)
+    _put_in_memory(program.graph_module.graph)
     # Inductor keeps what it compiles for the next time, and takes what a killed compiler left half written for whole:
     # so it gets a folder that goes with the process. (Not beside the output: it quotes no spaces.)
     settings = {"aot_inductor.precompile_headers": False}
@@ -47,6 +50,28 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
         raise UserError(f"the model cannot be compiled: {_reason(error)}") from error
 
 
+def _put_in_memory(graph: torch.fx.Graph) -> None:
+    """Has what is marked by `in_memory` written down: a view by strides is of memory."""
+    aten = torch.ops.aten
+    views = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+    for node in [node for node in graph.nodes if node.target == torch.ops.embtab.in_memory.default]:
+        values, shape = node.args[0], node.meta["val"].shape
+        seen = values
+        while seen.target in views:
+            seen = seen.args[0]
+        if seen.target == aten.as_strided.default:  # marked before, and a view of it since
+            node.replace_all_uses_with(values)
+            graph.erase_node(node)
+            continue
+        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        with graph.inserting_before(node):
+            sizes = [graph.call_function(aten.sym_size.int, (values, 0)), *shape[1:]]
+            copied = graph.call_function(aten.clone.default, (values,), {"memory_format": torch.contiguous_format})
+            view = graph.call_function(aten.as_strided.default, (copied, sizes, strides))
+        node.replace_all_uses_with(view)
+        graph.erase_node(node)
+
+
 def _reason(error: Exception) -> str:
     """What the compiler complains of first, where it is the compiler: its command line is long, and no reason."""
     text = str(error)
@@ -56,11 +81,14 @@ def _reason(error: Exception) -> str:
 
 def load(path: Path) -> Run:
     """The compiled program."""
-    program = torch._inductor.aoti_load_package(str(path))
+    loader = torch._inductor.aoti_load_package(str(path)).loader
+    # What wraps the loader sorts inputs and outputs by trees at every call, which takes longer than a small ranker.
+    given, made = (treespec_loads(spec) for spec in loader.get_call_spec())
+    taken, names = given.child(0).child(0).context, made.context
 
     def run(inputs: Arrays) -> Arrays:
-        given = {name: torch.from_numpy(array.copy()) for name, array in inputs.items()}
-        with torch.no_grad():
-            return {name: output.numpy() for name, output in program(given).items()}
+        arrays = [inputs[name] for name in taken]
+        tensors = [torch.from_numpy(array if array.flags.carray else array.copy()) for array in arrays]
+        return {name: output.numpy() for name, output in zip(names, loader.boxed_run(tensors), strict=True)}
 
     return run

@@ -15,6 +15,29 @@ if TYPE_CHECKING:
     from embtab.serving.tables import ServedTables
 
 
+@torch.library.custom_op("embtab::in_memory", mutates_args=())
+def _in_memory(values: Tensor) -> Tensor:
+    return values.clone()
+
+
+@_in_memory.register_fake
+def _(values: Tensor) -> Tensor:
+    return values.clone(memory_format=torch.contiguous_format)
+
+
+def in_memory(values: Tensor) -> Tensor:
+    """The values, marked in a program that is captured as worth writing down before they are read.
+
+    A compiler that fuses all it can computes rows in the loop that reads them, anew for each number of a vector, and
+    reads number by number where vectors become part of something longer.
+
+    Args:
+        values: [B, ...]; only the first length may be left open.
+    """
+    marked: Tensor = torch.ops.embtab.in_memory(values) if torch.compiler.is_exporting() else values
+    return marked
+
+
 def captured(module: ServedTables | Ranker, example: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
     """The module with the first length of every input left open.
 

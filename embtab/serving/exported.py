@@ -26,6 +26,7 @@ from embtab.bundle_files import check_finite, map_tensors
 from embtab.errors import UserError
 from embtab.files import new_folder
 from embtab.reader import Bundle
+from embtab.serving.inputs import ONE_MORE, check
 from embtab.serving.ranker import Ranker
 from embtab.serving.tables import ServedTables
 from embtab.signed import CONFIG, BundleError, check_files, need, read_signed, refused, write_signed
@@ -121,11 +122,14 @@ def _described(module: ServedTables | Ranker, name: str, array: np.ndarray) -> d
     """Type and shape; lengths that may differ from call to call as words."""
     what, _, feature = name.partition(".")
     tables = module.tables if isinstance(module, Ranker) else module
+    if tables.is_stacked:
+        named = {"features": tables.names} if name in ("ids", "vectors") else {}
+        return {"dtype": str(array.dtype), "shape": ["batch", *array.shape[1:]], **named}
     by_name = {each.name: each for each in tables.plan.features}
     if isinstance(module, Ranker) and module.layout and feature in module.layout.histories:
         feature = module.layout.histories[0]  # all fields of a history are equally long
     if what == "offsets":
-        return {"dtype": str(array.dtype), "shape": ["batch + 1"]}
+        return {"dtype": str(array.dtype), "shape": [ONE_MORE]}
     per_id = what in ("ids", "weights") or (what == "vectors" and by_name[feature].pooling == "none")
     rows = f"ids of {feature}" if per_id and feature not in tables.single else "batch"
     return {"dtype": str(array.dtype), "shape": [rows, *array.shape[1:]]}
@@ -144,6 +148,8 @@ def made_inputs(module: ServedTables | Ranker, rows: int, random: np.random.Gene
             found[name] = random.standard_normal((rows, module.num_dense), np.float32)  # type: ignore[arg-type]
         elif what == "offsets" and features[feature].pooling == "none":
             found[name] = np.cumsum([0, *lengths])
+        elif tables.is_stacked:
+            found[name] = np.stack([_ids(module, each, rows, random) for each in tables.names], axis=1)
         elif what == "ids":
             own = random.integers(0, 6, rows)
             own[:2] = (5, 0)
@@ -175,6 +181,9 @@ def outputs_of(module: ServedTables | Ranker, bundle: Bundle, given: Arrays) -> 
     if isinstance(module, Ranker):
         return module.expected(bundle, given)
     found = {}
+    if module.is_stacked:
+        each = [bundle.vectors(name, module.ids_of(given, name)) for name in module.names]
+        return {"vectors": np.stack(each, axis=1)}
     for feature in module.plan.features:
         name, ids = feature.name, given[f"ids.{feature.name}"]
         if module.bagged(feature):
@@ -287,7 +296,16 @@ class Program:
                 need(isinstance(value, float) and 0 <= value < 1e3, f"golden: {key} {value!r}")
             for key in ("inputs", "outputs"):
                 need(isinstance(self.config[key], dict) and self.config[key], f"{key} must be named")
-        self.run = _loaded(self.config["kind"], self.path / self.config["program"])
+        self._run = _loaded(self.config["kind"], self.path / self.config["program"])
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """The outputs by name.
+
+        Raises:
+            UserError: when an input is missing, or is not of the type or shape that `config` says.
+        """
+        check(self.config["inputs"], inputs)
+        return self._run(inputs)
 
     def difference(self) -> tuple[float, bool]:
         """The largest difference from the golden outputs, and whether all lie within tolerance.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.serving.capture import captured
+from embtab.serving.unsigned import widen
 
 if TYPE_CHECKING:
     from embtab.serving.exported import Arrays, Run
@@ -59,7 +60,9 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
                 verbose=False,
                 custom_translation_table={
                     torch.ops.aten.sort.stable: _stable_sort,
+                    torch.ops.aten.floor_divide.default: _floor_divide,
                     torch.ops.embtab.logical_right_shift.default: _logical_right_shift,
+                    torch.ops.embtab.in_memory.default: _identity,
                 },
                 input_names=module.inputs(),
                 output_names=module.outputs(),
@@ -67,6 +70,7 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
         except Exception as error:  # the exporter has many
             raise UserError(f"the model cannot be exported to ONNX: {_reason(error)}") from None
         assert made is not None
+        widen(made.model.graph)
         made.save(path, external_data=size > MAX_INSIDE)
 
 
@@ -121,6 +125,24 @@ def _logical_right_shift(values: Any, by: int) -> Any:
     unsigned = op.Cast(values, to=onnx.TensorProto.UINT64)
     distance = op.Cast(op.Constant(value_int=by), to=onnx.TensorProto.UINT64)
     return op.Cast(op.BitShift(unsigned, distance, direction="RIGHT"), to=onnx.TensorProto.INT64)
+
+
+def _identity(values: Any) -> Any:
+    """Runtimes write down every value."""
+    from onnxscript import opset20
+
+    op: Any = opset20
+    return op.Identity(values)
+
+
+def _floor_divide(values: Any, by: Any) -> Any:
+    """A division rounded down, of whole numbers by what is left without the remainder: three nodes instead of eight."""
+    from onnxscript import opset20
+
+    op: Any = opset20
+    if values.dtype is not None and values.dtype.is_floating_point():
+        return op.Floor(op.Div(values, by))
+    return op.Div(op.Sub(values, op.Mod(values, by)), by)
 
 
 def _stable_sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:

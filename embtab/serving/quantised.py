@@ -28,7 +28,7 @@ from embtab.serving.tables import Group, Inputs, ServedTables, _cut, _weights
 
 
 class NBitTable(nn.Module):
-    """Stacked tables in one quantised kernel: rows int64 [N] in bags of offsets [B + 1] -> float32 [B, W]."""
+    """Stacked tables in one quantised kernel: rows int64 [...] -> float32 [..., W], or sums over bags of them."""
 
     def __init__(self, stored: Stored, precision: str) -> None:
         super().__init__()
@@ -55,11 +55,10 @@ class NBitTable(nn.Module):
             marks[: len(plain)] = own
 
     def forward(self, rows: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """float32 [B, W]: (weighted) sums of rows over bags; [N, W], the rows, without offsets."""
-        if offsets is None:
-            offsets = torch.arange(len(rows) + 1)
-        sums: Tensor = self.kernel(rows.contiguous(), offsets, weights)  # it takes no strides into account
-        return sums[:, : self.width]
+        """float32 [B, W]: (weighted) sums of rows [N] over bags of offsets [B + 1]; [..., W], the rows, without."""
+        bags = torch.arange(rows.numel() + 1) if offsets is None else offsets
+        sums: Tensor = self.kernel(rows.flatten().contiguous(), bags, weights)  # it takes no strides into account
+        return sums[:, : self.width].unflatten(0, rows.shape if offsets is None else [-1])
 
 
 class QuantisedTables(ServedTables):
@@ -94,14 +93,16 @@ class QuantisedTables(ServedTables):
             UserError: when an id is out of range.
         """
         if group.encoding.num_ids is not None:
-            outside = (ids < 0) | (ids >= self._constant(group.limits, sizes))
+            outside = (ids < 0) | (ids >= self._constant(group, group.limits, sizes))
             if bool(outside.any()):
                 self._refuse(group, ids, outside, sizes)
         return super().rows(group, ids, sizes)
 
     def _refuse(self, group: Group, ids: Tensor, outside: Tensor, sizes: Sequence[int] | None) -> None:
-        lengths = [ids.shape[-1]] * len(group.features) if sizes is None else list(sizes)
-        parts = ids.flatten().split(lengths), outside.flatten().split(lengths)
+        if sizes is None:  # a feature is a column
+            ids, outside = (each.reshape(-1, len(group.features)).t() for each in (ids, outside))
+            sizes = [ids.shape[1]] * len(group.features)
+        parts = ids.flatten().split(list(sizes)), outside.flatten().split(list(sizes))
         for feature, own, bad in zip(group.features, *parts, strict=True):
             if bool(bad.any()):
                 raise UserError(f"feature {feature.name!r}: id {int(own[bad][0])} is outside [0, {feature.num_ids})")

@@ -1,6 +1,7 @@
 """A whole ranker as one module: ids of every feature and numeric values in, logits out.
 
-    dense float32 [B, N], ids.F, offsets.F  -->  logits float32 [B]
+    dense float32 [B, N], ids.F, offsets.F       -->  logits float32 [B]
+    dense float32 [B, N], ids int64 [B, F]       -->  the same, stacked
 
 Features with a vector a row go to models such as `AutoInt`; where a feature is a history (pooling "none") the model is
 one of sequences such as `DIN`, and the histories' offsets come once, as those of their first field.
@@ -38,10 +39,11 @@ class Ranker(nn.Module):
         num_dense: N, numeric values of a row; without any there is no input `dense`.
         weighted: take a weight for every id of a feature that is pooled.
         single: features with one id in every row, which take no offsets.
+        stacked: all features have one id in every row, and come as one input `ids` int64 [B, F], in plan order.
         attention: the tables of a model whose attention has its own, of the target and the history.
 
     Raises:
-        UserError: when the features have no target for a history.
+        UserError: when the features have no target for a history, or one is to be stacked.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Ranker(nn.Module):
         weighted: bool = False,
         single: Collection[str] = (),
         attention: Bundle | None = None,
+        stacked: bool = False,
     ) -> None:
         super().__init__()
         features = bundle.plan["features"]
@@ -60,7 +63,7 @@ class Ranker(nn.Module):
         if any(entry["pooling"] == "none" for entry in features):
             self.layout = Layout.of(ServedTables(bundle).plan.features)
             single = {*single, *self.layout.targets}
-        self.tables = ServedTables(bundle, weighted, single)
+        self.tables = ServedTables(bundle, weighted, single, stacked)
         self.attention: ServedTables | None = None
         if attention is not None:
             assert self.layout is not None
@@ -82,7 +85,7 @@ class Ranker(nn.Module):
     def forward(self, inputs: Inputs) -> dict[str, Tensor]:
         """Logits [B] of a click."""
         if self.layout is None:
-            return {"logits": self._pooled(inputs, self.tables.stacked(inputs))}
+            return {"logits": self._pooled(inputs, self.tables.of_batch(inputs))}
         attention = None if self.attention is None else _by_feature(self.attention(inputs))
         return {"logits": self.ranked(inputs, _by_feature(self.tables(inputs)), attention)}
 
@@ -132,7 +135,7 @@ def _read(bundle: Bundle, tables: ServedTables, inputs: Mapping[str, np.ndarray]
     """The NumPy reader's vectors of every feature."""
     vectors = {}
     for feature in tables.plan.features:
-        ids, name = inputs[f"ids.{feature.name}"], feature.name
+        ids, name = tables.ids_of(inputs, feature.name), feature.name
         if tables.bagged(feature):
             found = bundle.lookup(name, ids, inputs[f"offsets.{name}"], inputs.get(f"weights.{name}"))
         else:

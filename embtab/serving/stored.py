@@ -37,7 +37,7 @@ class Stored:
 
 
 class StoredTable(nn.Module):
-    """Reads rows, decoded: int64 [N] -> float32 [N, W]."""
+    """Reads rows, decoded: int64 [...] -> float32 [..., W]."""
 
     def __init__(self, stored: Stored) -> None:
         super().__init__()
@@ -49,12 +49,13 @@ class StoredTable(nn.Module):
                 self.register_buffer(name, torch.from_numpy(array))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """float32 [N, W]: rows [N], decoded."""
+        """float32 [..., W]: rows [...], decoded."""
         stored = self.get_buffer("rows")
+        read = F.embedding(rows, stored)
         if not self.is_scaled:
-            return F.embedding(rows, stored).float()
-        read = stored.index_select(0, rows).int()
-        if read.shape[1] < self.width:  # two numbers a byte, the low half first
-            read = torch.stack([read & 15, read >> 4], dim=2).flatten(1)[:, : self.width]
-        scales, offsets = (self.get_buffer(name).index_select(0, rows).float() for name in ("scales", "offsets"))
-        return read.float() * scales.unsqueeze(1) + offsets.unsqueeze(1)
+            return read.float()
+        if read.shape[-1] < self.width:  # two numbers a byte, the low half first
+            both = read.int()
+            read = torch.stack([both & 15, both >> 4], dim=-1).flatten(-2)[..., : self.width]
+        scales, offsets = (F.embedding(rows, self.get_buffer(name)[:, None]).float() for name in ("scales", "offsets"))
+        return read.float() * scales + offsets

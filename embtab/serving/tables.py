@@ -1,6 +1,7 @@
 """The tables of a bundle as a torch module of the plainest operators, for everything that compiles or exports.
 
     ids.F int64 [N], offsets.F int64 [B + 1], weights.F float32 [N]  -->  vectors.F float32 [B, D]
+    ids int64 [B, F]                                                 -->  vectors float32 [B, F, D], stacked
 
 Rows stay stored as the bundle stores them (float16, int8, int4) and are decoded where they are read, so an export is as
 small as the bundle. Ids outside a feature's range read a row that no table has: an error in every runtime, where
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from embtab.features import Feature
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.reader import Bundle
+from embtab.serving.capture import in_memory
 from embtab.serving.stored import Stored, StoredTable
 
 Inputs = Mapping[str, Tensor]
@@ -62,19 +65,26 @@ class ServedTables(nn.Module):
         bundle: an opened bundle.
         weighted: take a weight for every id of a feature that is pooled.
         single: features that have one id in every row: they take no offsets.
+        stacked: all features have one id in every row, and come as one input `ids` int64 [B, F], in plan order.
 
     Raises:
-        UserError: for a name in `single` that is no feature.
+        UserError: for a name in `single` that is no feature, or a history among features that are stacked.
     """
 
-    def __init__(self, bundle: Bundle, weighted: bool = False, single: Collection[str] = ()) -> None:
+    def __init__(
+        self, bundle: Bundle, weighted: bool = False, single: Collection[str] = (), stacked: bool = False
+    ) -> None:
         super().__init__()
         self.plan = Plan.from_dict(bundle.plan)
         self.weighted = weighted
         for name in single:
             if name not in bundle.features:
                 raise UserError(f"no feature {name!r} to have one id a row; there are {', '.join(bundle.features)}")
-        self.single = frozenset(single)
+        for feature in self.plan.features:
+            if stacked and feature.pooling == "none":
+                raise UserError(f"feature {feature.name!r} is a history: features of one id a row alone are stacked")
+        self.is_stacked = stacked
+        self.single = frozenset(bundle.features if stacked else single)
         self.stack_of, self.base = self._stacked(bundle)
         grouped: dict[tuple, list[Feature]] = {}
         for feature in self.plan.features:
@@ -86,9 +96,10 @@ class ServedTables(nn.Module):
             grouped.setdefault(key if bagged else key[:-1], []).append(feature)
         self.groups = [self._group(bundle, members) for members in grouped.values()]
         self.names = [feature.name for feature in self.plan.features]
-        computed = [feature.name for group in self.groups for feature in group.features]
-        self.is_mixed = computed != self.names
-        self.register_buffer("order", torch.tensor([computed.index(name) for name in self.names]))
+        self.computed = [feature.name for group in self.groups for feature in group.features]
+        self.is_mixed = self.computed != self.names
+        self.register_buffer("order", torch.tensor([self.computed.index(name) for name in self.names]))
+        self.register_buffer("columns", torch.tensor([self.names.index(name) for name in self.computed]))
 
     def _stacked(self, bundle: Bundle) -> tuple[dict[str, str], dict[str, int]]:
         """The stack that each table is in, and its first row there."""
@@ -103,7 +114,7 @@ class ServedTables(nn.Module):
         return {name: stack for stack, names in members.items() for name in names}, base
 
     def stack(self, stored: Stored, name: str) -> nn.Module:
-        """What reads the rows of stacked tables: int64 [N] -> float32 [N, W]."""
+        """What reads the rows of stacked tables: int64 [...] -> float32 [..., W]."""
         return StoredTable(stored)
 
     def _group(self, bundle: Bundle, features: Sequence[Feature]) -> Group:
@@ -135,6 +146,8 @@ class ServedTables(nn.Module):
 
     def inputs(self) -> list[str]:
         """The names of the inputs, in order."""
+        if self.is_stacked:
+            return ["ids"]
         names = []
         for feature in self.plan.features:
             names.append(f"ids.{feature.name}")
@@ -144,54 +157,69 @@ class ServedTables(nn.Module):
 
     def outputs(self) -> list[str]:
         """The names of the outputs, in order."""
-        return [f"vectors.{feature.name}" for feature in self.plan.features]
+        return ["vectors"] if self.is_stacked else [f"vectors.{name}" for name in self.names]
+
+    def ids_of(self, inputs: Mapping[str, Any], name: str) -> Any:
+        """int64 [N]: the ids of a feature among the inputs, be they tensors or arrays."""
+        return inputs["ids"][:, self.names.index(name)] if self.is_stacked else inputs[f"ids.{name}"]
 
     def forward(self, inputs: Inputs) -> dict[str, Tensor]:
-        """By output, float32 [B, D] where a feature's bags are pooled, else a vector per id [N, D].
+        """By output, float32 [B, D] where a feature's bags are pooled, else a vector per id [N, D]; or [B, F, D].
 
         Args:
             inputs: as `inputs` names them: ids int64 [N]; offsets int64 [B + 1], bag b being
-                ids[offsets[b]:offsets[b + 1]]; weights float32 [N].
+                ids[offsets[b]:offsets[b + 1]]; weights float32 [N]; or ids int64 [B, F] of features that are stacked.
         """
+        if self.is_stacked:
+            return {"vectors": self.of_batch(inputs)}
         found: dict[str, Tensor] = {}
         for group in self.groups:
             found |= self._outputs(group, inputs)
         return {name: found[name] for name in self.outputs()}
 
-    def stacked(self, inputs: Inputs) -> Tensor:
+    def of_batch(self, inputs: Inputs) -> Tensor:
         """float32 [B, F, D], features in plan order: all vectors of B rows at once.
 
-        Where every feature has one id in every row, ids are stacked first, so that a batch is a handful of operations
-        whatever the number of features.
+        Where every feature has one id in every row, a batch is a handful of operations whatever the number of features.
 
         Args:
             inputs: as of `forward`; every feature must have a vector a row.
         """
         if not self.single.issuperset(self.names):
             return torch.stack(list(self(inputs).values()), dim=1)
-        computed = [self._rows_of_batch(group, inputs) for group in self.groups]
+        each = list(zip(self.groups, self._ids_of_batch(inputs), strict=True))
         if all(group.encoding.bare for group in self.groups) and len({group.stacks for group in self.groups}) == 1:
             # Each vector is a row of one stack: rows are put in order, for vectors are longer.
-            rows = self._in_order([rows.squeeze(1) for rows, _ in computed], 0)
-            return self._read(self.groups[0].stacks[0], rows.t())
-        vectors = [
-            self._combined(group, rows.permute(1, 2, 0), arrays)
-            for group, (rows, arrays) in zip(self.groups, computed, strict=True)
-        ]
-        return self._in_order(vectors, 1)
+            rows = self._in_order([self._rows_of_batch(group, ids)[0] for group, ids in each])
+            return in_memory(self._read(self.groups[0].stacks[0], rows))
+        return in_memory(self._in_order([self._vectors_of_batch(group, ids) for group, ids in each]))
 
-    def _rows_of_batch(self, group: Group, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """int64 [F, K, B] and arrays, as of `rows`, of a group whose features have one id in every row.
+    def _vectors_of_batch(self, group: Group, ids: Tensor) -> Tensor:
+        """float32 [B, F, D] of a group's ids [B, F]."""
+        rows, arrays = self._rows_of_batch(group, ids)
+        return self._read(group.stacks[0], rows) if group.encoding.bare else self._combined(group, rows, arrays)
 
-        Long runs last: an operation of [F, K, B] and a constant of a few numbers is quick in every runtime.
-        """
-        ids = torch.cat([inputs[f"ids.{feature.name}"] for feature in group.features])
-        return self.rows(group, ids.view(len(group.features), 1, -1), None)
+    def _rows_of_batch(self, group: Group, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `rows` of a group's ids [B, F]: [B, K, F], but [B, F] where a vector is one row as it stands."""
+        bare = group.encoding.bare
+        if not group.arrays:
+            return self.rows(group, ids if bare else ids.unsqueeze(1), None)
+        rows, arrays = self.rows(group, ids.unsqueeze(-1), None)
+        return rows.squeeze(-1) if bare else rows.movedim(-1, 1), arrays
 
-    def _in_order(self, each: Sequence[Tensor], dim: int) -> Tensor:
-        """What the groups have, along the features, in plan order."""
-        joined = each[0] if len(each) == 1 else torch.cat(list(each), dim=dim)
-        return joined.index_select(dim, self.get_buffer("order")) if self.is_mixed else joined
+    def _ids_of_batch(self, inputs: Inputs) -> Sequence[Tensor]:
+        """int64 [B, F] of each group."""
+        if self.is_stacked:
+            ids = inputs["ids"].index_select(1, self.get_buffer("columns")) if self.is_mixed else inputs["ids"]
+        else:
+            joined = torch.cat([inputs[f"ids.{name}"] for name in self.computed])
+            ids = joined.view(len(self.computed), -1).t()
+        return ids.split([len(group.features) for group in self.groups], dim=1) if len(self.groups) > 1 else [ids]
+
+    def _in_order(self, each: Sequence[Tensor]) -> Tensor:
+        """What the groups have, [B, F, ...], in plan order."""
+        joined = each[0] if len(each) == 1 else torch.cat(list(each), dim=1)
+        return joined.index_select(1, self.get_buffer("order")) if self.is_mixed else joined
 
     def _outputs(self, group: Group, inputs: Inputs) -> dict[str, Tensor]:
         names = [feature.name for feature in group.features]
@@ -208,42 +236,45 @@ class ServedTables(nn.Module):
     def vectors(self, group: Group, ids: Tensor, sizes: Sequence[int]) -> Tensor:
         """float32 [N, D]: the vectors of ids [N] of a group's features, which have as many ids each as `sizes` says."""
         rows, arrays = self.rows(group, ids.unsqueeze(1), sizes)
-        return self._combined(group, rows.t(), arrays)
+        return self._combined(group, rows, arrays)
 
     def rows(self, group: Group, ids: Tensor, sizes: Sequence[int] | None) -> tuple[Tensor, dict[str, Tensor]]:
         """int64 [N, K]: where each part stands in its stack, -1 for a part that is not there; and the arrays.
 
         Args:
             group: the features.
-            ids: int64 [N, 1], feature after feature; or [F, 1, B], for rows [F, K, B].
-            sizes: how many ids each feature has; None for [F, 1, B].
+            ids: int64 [N, 1], feature after feature; or [B, 1, F], for rows [B, K, F] (or [B, F], if K is 1), since
+                long runs are quick; but of a group with arrays [B, F, 1], for rows [B, F, K].
+            sizes: how many ids each feature has; None where each has one in every row.
         """
         encoding = group.encoding
-        constants = {name: self._constant(place, sizes) for name, place in group.constants.items()}
+        constants = {name: self._constant(group, place, sizes) for name, place in group.constants.items()}
         arrays = {name: self.get_buffer(place) for name, place in group.arrays.items()}
         if encoding.num_ids is None:
             rows = encoding.rows(ids, constants | arrays)
         else:
-            outside = (ids < 0) | (ids >= self._constant(group.limits, sizes))
+            outside = (ids < 0) | (ids >= self._constant(group, group.limits, sizes))
             inside = torch.where(outside, NO_ROW, ids) if arrays else ids  # arrays are read at ids
             rows = torch.where(outside, NO_ROW, encoding.rows(inside, constants | arrays))
         if not group.stacks:
             return rows, arrays
-        shifted = rows + self._constant(group.bases, sizes)
+        shifted = rows + self._constant(group, group.bases, sizes)
         return torch.where(rows < 0, -1, shifted) if encoding.may_skip else shifted, arrays
 
-    def _constant(self, place: str, sizes: Sequence[int] | None) -> Tensor:
+    def _constant(self, group: Group, place: str, sizes: Sequence[int] | None) -> Tensor:
         """A constant of every feature, for ids as `rows` takes them."""
         constants = self.get_buffer(place)
-        return constants.unsqueeze(-1) if sizes is None else _spread(constants, sizes)
+        if sizes is not None:
+            return _spread(constants, sizes)
+        return constants if group.arrays else constants.t()
 
     def _combined(self, group: Group, rows: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        """float32 [..., D]: vectors whose parts are the rows [K, ...] of the group's stacks."""
+        """float32 [N, D] or [B, F, D]: vectors whose parts are the rows [N, K] or [B, K, F] of the group's stacks."""
         if group.encoding.joining == "concat" and len(set(group.stacks)) == 1 and not group.encoding.may_skip:
-            read = self._read(group.stacks[0], rows.movedim(0, -1))  # side by side already
-            return read.flatten(-2)
-        parts = [self._part(group, stack, rows[k]) for k, stack in enumerate(group.stacks)]
-        return group.encoding.combine(parts or [rows.movedim(0, -1)], arrays)
+            read = self._read(group.stacks[0], rows.movedim(1, -1))  # side by side already
+            return in_memory(read).flatten(-2)
+        parts = [self._part(group, stack, rows.select(1, k)) for k, stack in enumerate(group.stacks)]
+        return group.encoding.combine(parts or [rows.movedim(1, -1)], arrays)
 
     def _part(self, group: Group, stack: str, rows: Tensor) -> Tensor:
         """float32 [..., W]; a part that is not there is zero."""
@@ -253,8 +284,8 @@ class ServedTables(nn.Module):
 
     def _read(self, stack: str, rows: Tensor) -> Tensor:
         """[..., W]: rows [...] of a stack."""
-        read: Tensor = self.get_submodule(stack)(rows.flatten())
-        return read if rows.dim() == 1 else read.view(-1, *rows.shape[1:], read.shape[1])
+        read: Tensor = self.get_submodule(stack)(in_memory(rows))
+        return read
 
 
 def _weights(names: Sequence[str], inputs: Inputs) -> Tensor | None:

@@ -16,7 +16,7 @@ from embtab.bench.lookups import TORCH, TORCHREC, make_tables
 from embtab.bench.run import run
 from embtab.bench.settings import Settings
 from embtab.bench.timing import Stopwatch, Times, alternate
-from embtab.bench.workload import Case, draw
+from embtab.bench.workload import Case, draw, numeric
 from embtab.cli import main
 from embtab.datasets import synthetic
 from embtab.datasets.schema import Dataset
@@ -148,10 +148,10 @@ def test_rankers_are_measured(what: str) -> None:
     assert names == (["dense", "qr"] if what == "din" else list(arms))
 
 
-@pytest.mark.parametrize("form", ["onnx", "quantised"])
+@pytest.mark.parametrize("form", ["onnx", "onnx+int8", "quantised"])
 def test_what_is_served_answers_as_what_was_trained(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program that is timed gives the trained ranker's probabilities."""
-    if form == "onnx":
+    if form != "quantised":
         pytest.importorskip("onnxruntime")
     case, seen = Case(dim=4, batch=5, scale=1e-3), {}
     chosen = serving._program
@@ -160,8 +160,8 @@ def test_what_is_served_answers_as_what_was_trained(form: str, monkeypatch: pyte
         seen["model"], answer = model, chosen(name, form, model, *rest)
 
         def noting(inputs):
-            seen["answer"] = answer(inputs)
-            seen["inputs"] = inputs
+            seen.setdefault("answer", answer(inputs))
+            seen.setdefault("inputs", inputs)
 
         return noting
 
@@ -175,8 +175,26 @@ def test_what_is_served_answers_as_what_was_trained(form: str, monkeypatch: pyte
     with torch.no_grad():
         vectors = kept["tables"].module.vectors(batch)
         wanted = seen["model"](torch.from_numpy(seen["inputs"]["dense"]), vectors)
-    answer = seen["answer"]["logits"] if form == "onnx" else seen["answer"]
-    torch.testing.assert_close(torch.as_tensor(answer), wanted, rtol=1e-3, atol=1e-3 if form == "quantised" else 1e-6)
+    answer = seen["answer"] if form == "quantised" else seen["answer"]["logits"]
+    torch.testing.assert_close(torch.as_tensor(answer), wanted, rtol=1e-3, atol=1e-6 if form == "onnx" else 1e-3)
+
+
+def test_a_plain_ranker_is_served_beside() -> None:
+    """One table of all ids as one writes it in torch: row for row what an own table for each feature has."""
+    pytest.importorskip("onnxruntime")
+    case, cpu = Case(dim=4, batch=5, scale=1e-3), torch.device("cpu")
+    torch.manual_seed(0)
+    model = serving.SmallRanker(13 + 4 * 26).eval()
+    plain = serving.PlainRanker(case, model)
+    given = serving._inputs(case.batches(1, cpu)[0], numeric(case, 1, cpu)[0][0])
+    own = plain.table.weight.split([feature.num_ids for feature in case.features])
+    vectors = torch.stack([table[given["ids"][:, k]] for k, table in enumerate(own)], dim=1)
+    with torch.no_grad():
+        found = plain({name: torch.from_numpy(array) for name, array in given.items()})["logits"]
+        torch.testing.assert_close(found, model(torch.from_numpy(given["dense"]), vectors))
+    answer = serving._program("nn.Embedding", "onnx", model, case, "0.5x", "sgd")(given)
+    assert isinstance(answer, dict)
+    assert answer["logits"].shape == (5,)
 
 
 @pytest.mark.parametrize(("what", "arm"), [("lookups", "dense+compiled"), ("autoint", "qr+bf16")])
@@ -193,7 +211,7 @@ def test_arms_in_another_form_are_measured(what: str, arm: str) -> None:
             "qr+fast",
             r"arm qr\+fast: a method may be followed by @native or @fbgemm, and then \+compiled, only",
         ),
-        ("serving", "qr@java", "forms are onnx, aoti, quantised"),
+        ("serving", "qr@java", "forms are onnx, onnx.int8, aoti, aoti.int8, quantised"),
         ("serving", f"{TORCHREC}@onnx", "only a method of embtab is served so"),
     ],
 )

@@ -77,6 +77,47 @@ def test_rows_found_by_a_bitmap_are_the_readers_in_onnx(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, opened.vectors("x", np.arange(700)))
 
 
+@pytest.mark.parametrize("method", ["hash", "unified", "qr", "mixed"])
+def test_stacked_ids_take_one_cast_there_and_one_back(method: str, tmp_path: Path) -> None:
+    """Hashes are computed unsigned from end to end; all extremes of int64 are among the ids."""
+    import onnx
+
+    opened = bundle(case_named("qr product" if method == "qr" else method), tmp_path / "b")
+    module = ServedTables(opened, stacked=True)
+    exported.export(module, opened, tmp_path / "p", "onnx")
+    program = Program(tmp_path / "p")
+    assert program.config["inputs"]["ids"]["features"] == list(opened.features)
+    given = exported.made_inputs(module, 3000, np.random.default_rng(1))
+    for rows in (3000, 1):
+        some = {"ids": given["ids"][:rows]}
+        assert largest(program.run(some), exported.outputs_of(module, opened, some)) < 1e-6
+    casts = [n for n in onnx.load(tmp_path / "p" / "model.onnx").graph.node if n.op_type == "Cast"]
+    hashes = {"hash": 1, "unified": 1, "qr": 0}
+    if method in hashes:
+        assert len(casts) == 2 * hashes[method]
+
+
+@pytest.mark.parametrize("values", [[-7, -6, -1, 0, 1, 5, 6, 7, 2**53 + 1, -(2**53) - 1]], ids=["signs"])
+def test_whole_numbers_are_divided_downwards_in_onnx(values: list[int], tmp_path: Path) -> None:
+    from embtab.serving import onnx
+
+    class Divided(torch.nn.Module):
+        def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"whole": inputs["x"] // torch.tensor([[3], [-3]]), "parts": inputs["x"].float() // 3.0}
+
+        def inputs(self) -> list[str]:
+            return ["x"]
+
+        def outputs(self) -> list[str]:
+            return ["whole", "parts"]
+
+    x = torch.tensor(values)
+    onnx.write(Divided(), {"x": x}, tmp_path / "m.onnx")  # type: ignore[arg-type]
+    found = onnx.load(tmp_path / "m.onnx")({"x": x.numpy()})
+    np.testing.assert_array_equal(found["whole"], x.numpy() // np.array([[3], [-3]]))
+    np.testing.assert_array_equal(found["parts"], x.numpy().astype(np.float32) // np.float32(3))
+
+
 def test_integer_division_is_exact_above_2_to_the_53(tmp_path: Path) -> None:
     n = 3 * 10**16 + 7
     plan = et.plan([et.Feature("x", n)], {"name": "partitions", "parts": 4, "op": "sum"}, "1MB", dim=4)
@@ -253,6 +294,74 @@ for name in config["outputs"]:
 """
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_whole_ranker_takes_stacked_ids(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, out = checkpoint(tmp_path), tmp_path / "out"
+    given = ("export", source, out, "--format", "onnx", "--precision", precision, "--stacked")
+    _, error, code = answered(capsys, *given)
+    assert code == 0, error
+    et.save(exported_tables(source), tmp_path / "b", precision=precision)
+    opened, program = Bundle(tmp_path / "b"), Program(out)
+    module = Ranker(opened, exported_model(source), 2, stacked=True)
+    assert module.inputs() == list(program.config["inputs"]) == ["dense", "ids"]
+    for rows in (1, 2, 700):
+        inputs = exported.made_inputs(module, 700, np.random.default_rng(rows))
+        inputs = {name: array[:rows] for name, array in inputs.items()}
+        apart = {f"ids.{name}": inputs["ids"][:, k] for k, name in enumerate(opened.features)}
+        expected = Ranker(opened, module.model, 2, single=opened.features).expected(opened, inputs | apart)
+        assert largest(program.run(inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("ids", None, "input 'ids' is missing; the program takes dense, ids"),
+        ("ids", np.zeros((4, 2), np.int32), r"input 'ids' must be int64 \[batch, 2\], and is int32 \[4, 2\]"),
+        ("ids", np.zeros((4, 3), np.int64), r"input 'ids' must be int64 \[batch, 2\], and is \[4, 3\]"),
+        ("ids", np.zeros(8, np.int64), r"'ids' must be int64 \[batch, 2\], and is int64 \[8\]"),
+        ("ids", np.zeros((3, 2), np.int64), r"and is \[3, 2\]: batch is 4 by input 'dense'"),
+        ("dense", np.zeros((4, 2)), r"input 'dense' must be float32 \[batch, 2\], and is float64 \[4, 2\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(
+    name: str, wrong: np.ndarray | None, message: str, stacked_ranker: Path
+) -> None:
+    given = {"dense": np.zeros((4, 2), np.float32), "ids": np.zeros((4, 2), np.int64)}
+    given = {key: array for key, array in (given | {name: wrong}).items() if array is not None}  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=message):
+        Program(stacked_ranker).run(given)
+
+
+def test_offsets_are_one_more_than_rows(original: Path) -> None:
+    with pytest.raises(UserError, match=r"'offsets.user' must be int64 \[batch \+ 1\]"):
+        Program(original).run({"ids.user": np.arange(3), "offsets.user": np.arange(4.0)})
+    found = Program(original).run({"ids.user": np.arange(3), "offsets.user": np.arange(4)})
+    assert found["vectors.user"].shape == (3, 4)
+
+
+@pytest.fixture(scope="module")
+def stacked_ranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stacked")
+    cli.main(["export", str(checkpoint(folder)), str(folder / "p"), "--format", "onnx", "--stacked"])
+    return folder / "p"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a compiler runs
+@pytest.mark.parametrize("method", ["hash", "unified", "qr product", "mixed", "mixed_dim blocks", "tt"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_compiled_programs_take_stacked_ids(method: str, precision: str, tmp_path: Path) -> None:
+    """A batch of one row too, which a compiler that saw three may have taken for something else."""
+    opened = bundle(case_named(method), tmp_path / "b", precision)
+    module = ServedTables(opened, stacked=True)
+    exported.export(module, opened, tmp_path / "p", "aoti")
+    given = exported.made_inputs(module, 1000, np.random.default_rng(1))
+    for rows in (1000, 17, 1):
+        some = {"ids": given["ids"][:rows]}
+        found = Program(tmp_path / "p").run(some)
+        assert largest(found, exported.outputs_of(module, opened, some)) < 1e-6
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a compiler runs
 @pytest.mark.parametrize("what", ["tables", "features", "sequences", "dare"])
@@ -307,6 +416,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         (["--config", tmp_path / "wrong.yaml"], "its model"),
         (["--config", tmp_path / "foreign.yaml"], "'pathlib', which is none of"),
         (["--single", "nobody"], "no feature 'nobody'"),
+        (["--single", "user", "--stacked"], "--single has no meaning beside --stacked"),
         (["--onnx"], "are of bundles"),
     ):
         _, error, code = answered(capsys, "export", source, tmp_path / "out", "--format", "onnx", *more)

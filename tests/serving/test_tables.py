@@ -43,6 +43,32 @@ def test_bags_and_weights_are_the_readers_in_every_precision(case: Case, tmp_pat
             assert largest(exported.eager(module)(given), expected) < 1e-6
 
 
+@every_case
+def test_stacked_ids_are_the_readers_in_every_precision(case: Case, tmp_path: Path) -> None:
+    for precision in PRECISIONS:
+        opened = bundle(case, tmp_path / precision, precision)
+        for module in (ServedTables(opened, stacked=True), QuantisedTables(opened, stacked=True)):
+            for rows in (100, 1, 0):
+                given = exported.made_inputs(module, 100, np.random.default_rng(0))
+                given = {"ids": given["ids"][:rows]}
+                expected = np.stack(
+                    [opened.vectors(feature.name, given["ids"][:, k]) for k, feature in enumerate(FEATURES)], axis=1
+                )
+                found = exported.eager(module)(given)
+                assert list(found) == ["vectors"]
+                assert largest(found, {"vectors": expected}) < 1e-6
+
+
+@every_case
+def test_columns_of_ids_are_stacked_ids(case: Case, tmp_path: Path) -> None:
+    opened = bundle(case, tmp_path / "b")
+    stacked, apart = ServedTables(opened, stacked=True), ServedTables(opened, single=opened.features)
+    ids = torch.from_numpy(exported.made_inputs(stacked, 50, np.random.default_rng(0))["ids"])
+    columns = {f"ids.{name}": ids[:, k] for k, name in enumerate(opened.features)}
+    with torch.no_grad():
+        torch.testing.assert_close(stacked.of_batch({"ids": ids}), apart.of_batch(columns), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 @every_case
 def test_every_backend_gives_the_readers_vectors_on_1e5_ids(case: Case, tmp_path: Path) -> None:

@@ -1,0 +1,46 @@
+"""An exported program's inputs, looked at before it runs: compiled code reads past the end of what is too short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from embtab.errors import UserError
+
+ONE_MORE = "batch + 1"
+
+
+def check(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray]) -> None:
+    """Looks at names, types and shapes.
+
+    Args:
+        taken: `inputs` of a program's config.json: of each its dtype, and its shape, in which lengths that may differ
+            from call to call are words, the same word for the same length; `ONE_MORE` is one more than "batch".
+        given: arrays by name; others may be among them.
+
+    Raises:
+        UserError: when an input is missing, or is not of its type or shape.
+    """
+    lengths: dict[str, tuple[int, str]] = {}
+    for name, entry in taken.items():
+        if name not in given:
+            raise UserError(f"input {name!r} is missing; the program takes {', '.join(taken)}")
+        array, shape = given[name], entry["shape"]
+        asked = f"input {name!r} must be {entry['dtype']} {_words(shape)}"
+        if str(array.dtype) != entry["dtype"] or array.ndim != len(shape):
+            raise UserError(f"{asked}, and is {array.dtype} {_words(array.shape)}")
+        for length, size in zip(shape, array.shape, strict=True):
+            if isinstance(length, int):
+                if length != size:
+                    raise UserError(f"{asked}, and is {_words(array.shape)}")
+                continue
+            word, length = ("batch", size - 1) if length == ONE_MORE else (length, size)
+            known, first = lengths.setdefault(word, (length, name))
+            if known != length:
+                raise UserError(f"{asked}, and is {_words(array.shape)}: {word} is {known} by input {first!r}")
+
+
+def _words(shape: Any) -> str:
+    return f"[{', '.join(map(str, shape))}]"
