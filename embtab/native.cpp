@@ -247,21 +247,63 @@ inline int64_t hashed(int64_t id, int64_t seed, int64_t num_rows) {
   return static_cast<int64_t>((x >> 33) * static_cast<uint64_t>(num_rows) >> 31);
 }
 
+#ifdef __SIZEOF_INT128__
+__extension__ typedef unsigned __int128 Wide;
+#else
+typedef uint64_t Wide;
+#endif
+
+// Quotients of numbers below 2^32 by one below 2^32: the high half of a product with its reciprocal, which is exact
+// (Lemire, Kaser and Kurz, Faster remainder by direct computation, 2019) and several times as fast as a division.
+class Quotient {
+ public:
+  explicit Quotient(int64_t by)
+      : reciprocal_(by == 1 ? 0 : ~uint64_t{0} / static_cast<uint64_t>(by) + 1), by_one_(by == 1 ? -1 : 0) {}
+
+  int64_t operator()(int64_t id) const {
+    return static_cast<int64_t>(Wide{reciprocal_} * static_cast<uint64_t>(id) >> 32 >> 32) + (id & by_one_);
+  }
+
+ private:
+  uint64_t reciprocal_;  // of 1 it would not fit
+  int64_t by_one_;
+};
+
+inline bool below_2_to_the_32(const int64_t *ids, int64_t count, int64_t divisor) {
+  uint64_t bits = static_cast<uint64_t>(divisor);
+  for (int64_t i = 0; i < count; i++) bits |= static_cast<uint64_t>(ids[i]);
+  return sizeof(Wide) == 16 && bits >> 32 == 0;
+}
+
 // Ids to rows, by what a method does with them; c: its constants.
 template <class Row>
 inline void each_row(const int64_t *ids, int64_t count, int64_t base, int64_t *rows, Row row_of) {
   for (int64_t i = 0; i < count; i++) rows[i] = base + row_of(ids[i]);
 }
 
+template <class Divide>
+inline void rows_by(Divide by_c0, Divide by_c1, int64_t arithmetic, const int64_t *ids, int64_t count, int64_t base,
+                    const int64_t *c, int64_t *rows) {
+  const int64_t c1 = c[1], c2 = c[2];
+  if (arithmetic == QUOTIENT)
+    each_row(ids, count, base, rows, [=](int64_t id) { return by_c0(id) * c1 + id * c2; });
+  else
+    each_row(ids, count, base, rows, [=](int64_t id) {
+      const int64_t quotient = by_c0(id);
+      return quotient - by_c1(quotient) * c1;
+    });
+}
+
 inline void rows_of(int64_t arithmetic, const int64_t *ids, int64_t count, int64_t base, const int64_t *c,
                     int64_t *rows) {
-  const int64_t c0 = c[0], c1 = c[1], c2 = c[2];
-  switch (arithmetic) {
-    case HASH: return each_row(ids, count, base, rows, [=](int64_t id) { return hashed(id, c0, c1); });
-    case QUOTIENT: return each_row(ids, count, base, rows, [=](int64_t id) { return id / c0 * c1 + id * c2; });
-    case DIGIT: return each_row(ids, count, base, rows, [=](int64_t id) { return id / c0 % c1; });
-    default: return each_row(ids, count, base, rows, [=](int64_t id) { return id; });
-  }
+  const int64_t c0 = c[0], c1 = c[1];
+  if (arithmetic == ID) return each_row(ids, count, base, rows, [](int64_t id) { return id; });
+  if (arithmetic == HASH) return each_row(ids, count, base, rows, [=](int64_t id) { return hashed(id, c0, c1); });
+  const int64_t by = arithmetic == QUOTIENT ? 1 : c1;
+  if (below_2_to_the_32(ids, count, c0 | by))
+    return rows_by(Quotient(c0), Quotient(by), arithmetic, ids, count, base, c, rows);
+  const auto divided_by = [](int64_t divisor) { return [=](int64_t id) { return id / divisor; }; };
+  rows_by(divided_by(c0), divided_by(by), arithmetic, ids, count, base, c, rows);
 }
 
 // Large pages for memory that will be read at random.
