@@ -57,11 +57,13 @@ def run(settings: Settings) -> list[Result]:
 
 def turns(what: str, settings: Settings, case: Case) -> dict[str, Times]:
     """Times of every arm, by "arm" and, for lookups, "arm forward" too; the baseline's among them."""
-    make = {"lookups": lookup_arms, "autoint": autoint_arms, "serving": serving_arms}
+    make = {"lookups": lookup_arms, "autoint": autoint_arms}
     device = settings.device
     if what == "din":
         names = [name for name in settings.arms if name not in (TORCHREC, TORCH)]
         arms = din_arms(names, case, settings.budget, settings.optimizer, device, settings.fill)
+    elif what == "serving":
+        arms = serving_arms(settings.arms, case, settings.budget, settings.optimizer, device, settings.cold)
     else:
         arms = make[what](settings.arms, case, settings.budget, settings.optimizer, device)
     rounds = settings.rounds if what != "serving" else max(settings.rounds, min(1000, 40_000 // case.batch))

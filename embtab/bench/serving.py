@@ -67,7 +67,9 @@ class PlainRanker(nn.Module):
         return {"logits": self.model(inputs["dense"], self.table(inputs["ids"] + self.get_buffer("first")))}
 
 
-def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, device: torch.device) -> dict[str, Arm]:
+def serving_arms(
+    names: Sequence[str], case: Case, budget: str, optimizer: str, device: torch.device, cold: bool = False
+) -> dict[str, Arm]:
     """The whole ranker, by each kind of tables.
 
     Args:
@@ -79,6 +81,7 @@ def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, 
         budget: of methods that compress, in the precision that is served.
         optimizer: which the tables were trained by.
         device: where requests are answered; those forms are for CPUs.
+        cold: nothing is answered before a request that is timed, so that the caches hold other arms' work.
 
     Raises:
         UserError: for another form, or one that does not take the case.
@@ -86,6 +89,8 @@ def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, 
     batches, dense = case.batches(8, device), [x for x, _ in numeric(case, 8, device)]
     torch.manual_seed(0)
     model = SmallRanker(13 + case.dim * len(case.features)).to(device).eval()
+
+    before = 0 if cold else min(BEFORE, max(1, 4096 // case.batch))
 
     def trained(name: str) -> Arm:
         tables = make_tables(name, case, budget, optimizer, device)
@@ -95,23 +100,22 @@ def serving_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, 
             with torch.no_grad():
                 model(dense[i], tables.forward(batches[i]))
 
-        return _server(answer, case.batch)
+        return _server(answer, before)
 
     def served(name: str, form: str) -> Arm:
         if form not in FORMS or case.bag != 1 or device.type != "cpu":
             raise UserError(f"arm {name}@{form}: forms are {', '.join(FORMS)}, for bags of one id on a CPU")
         answer = _program(name, form, model, case, budget, optimizer)
         given = [_inputs(ids, x) for ids, x in zip(batches, dense, strict=True)]
-        return _server(lambda i: answer(given[i]), case.batch)
+        return _server(lambda i: answer(given[i]), before)
 
     backends = ("native", "fbgemm")
     asked = {name: name.partition("@")[::2] for name in names}
     return {name: served(*of) if of[1] and of[1] not in backends else trained(name) for name, of in asked.items()}
 
 
-def _server(answer: Callable[[int], object], batch: int) -> Arm:
+def _server(answer: Callable[[int], object], before: int) -> Arm:
     """Answers one of eight requests after the other, and times the last."""
-    before = min(BEFORE, max(1, 4096 // batch))
 
     def turn(i: int, watch: Stopwatch) -> None:
         for request in range(i, i + before):

@@ -34,6 +34,7 @@ class Settings:
         rounds: kept of each case.
         fill: of DIN's histories.
         data: a dataset folder for the loader; one is generated if None.
+        cold: time requests that come after those of other arms, instead of an arm's own.
         memory: also measure peak memory, each arm in a process of its own.
         device: where.
         machine_bytes: of the arrays that the machine's limits are measured with.
@@ -53,6 +54,7 @@ class Settings:
     rounds: int = 15
     fill: float = 1.0
     data: Path | None = None
+    cold: bool = False
     memory: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     machine_bytes: int = 512 << 20

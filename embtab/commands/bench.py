@@ -50,6 +50,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="(default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--cold", action="store_true", help="time requests (serving) after other arms' instead of own")
     parser.add_argument("--memory", action="store_true", help="also peak memory, each arm in a process of its own")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results.csv, and cost.png where lookups are measured")
     parser.set_defaults(run=_bench)
@@ -86,6 +87,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         rounds=arguments.rounds,
         fill=arguments.fill,
         data=arguments.data,
+        cold=arguments.cold,
         memory=arguments.memory,
         device=torch.device(arguments.device),
     )

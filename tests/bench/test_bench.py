@@ -179,6 +179,21 @@ def test_what_is_served_answers_as_what_was_trained(form: str, monkeypatch: pyte
     torch.testing.assert_close(torch.as_tensor(answer), wanted, rtol=1e-3, atol=1e-6 if form == "onnx" else 1e-3)
 
 
+@pytest.mark.parametrize(("cold", "answered"), [(True, 1), (False, 21)])
+def test_a_request_comes_after_others_unless_it_is_cold(
+    cold: bool, answered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[np.ndarray] = []
+    monkeypatch.setattr(serving, "_program", lambda *_: lambda inputs: requests.append(inputs["ids"]))
+    case = Case(dim=4, batch=1, scale=1e-3)
+    arms = serving.serving_arms(["qr@onnx"], case, "0.5x", "sgd", torch.device("cpu"), cold)
+    watch = Stopwatch(torch.device("cpu"))
+    arms["qr@onnx"](3, watch)
+    assert (len(requests), len(watch.laps())) == (answered, 1)
+    ids = [serving._inputs(batch, torch.zeros(1, 13))["ids"] for batch in case.batches(8, torch.device("cpu"))]
+    assert all((given == ids[(3 + k) % 8]).all() for k, given in enumerate(requests))
+
+
 def test_a_plain_ranker_is_served_beside() -> None:
     """One table of all ids as one writes it in torch: row for row what an own table for each feature has."""
     pytest.importorskip("onnxruntime")
