@@ -144,6 +144,22 @@ def test_rows_are_those_of_whole_numbers(data, arithmetic: str) -> None:
     assert found.tolist() == wanted
 
 
+@pytest.mark.parametrize("arithmetic", ["quotient", "digit"])
+def test_quotients_are_exact_on_both_sides_of_2_to_the_32(arithmetic: str) -> None:
+    """Below it they are products with a reciprocal: ids just around multiples of divisors of every kind."""
+    top = 2**32 - 1
+    divisors = [1, 2, 3, 7, 641, 6700417, 2**16, 2**31 - 1, 2**31, 2**31 + 1, top - 1, top, top + 1, 2**40]
+    for divisor in divisors:
+        near = {k * divisor + off for k in (0, 1, 2, 3, top // divisor, top // divisor - 1) for off in (-1, 0, 1)}
+        below = sorted({id_ for id_ in near | {0, 1, top - 1, top} if 0 <= id_ <= top})
+        for ids in (below, [*below, top + 1, 2**62]):
+            constants = [divisor, -divisor, 1] if arithmetic == "quotient" else [divisor, 97, 0]
+            wanted = [row_of(arithmetic, id_, constants) for id_ in ids]
+            given = (torch.tensor(numbers, dtype=torch.int64) for numbers in ([[0]], [[constants]]))
+            found = lookup("sgd", 8).placed_rows(arithmetic, torch.tensor(ids), [len(ids)], *given)
+            assert found.tolist() == [wanted], divisor
+
+
 def numpy_step(name: str, table: np.ndarray, moments: np.ndarray, row: int, gradient: np.ndarray) -> None:
     """One step in float32, every operation rounded, squares added up in eight lanes and those in pairs."""
     if name == "sgd":
