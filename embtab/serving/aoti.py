@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +45,13 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
     settings = {"aot_inductor.precompile_headers": False}
     logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)  # that the folder is kept, which it is not
     try:
-        with scratch() as folder, torch._inductor.config.patch(settings), fresh_cache(dir=str(folder)):
+        with (
+            scratch() as folder,
+            torch._inductor.config.patch(settings),
+            fresh_cache(dir=str(folder)),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # torch's, of its own parts
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # inductor and the compiler have many
         raise UserError(f"the model cannot be compiled: {_reason(error)}") from error

@@ -26,7 +26,7 @@ from embtab.bundle_files import check_finite, map_tensors
 from embtab.errors import UserError
 from embtab.files import new_folder
 from embtab.reader import Bundle
-from embtab.serving.inputs import ONE_MORE, check
+from embtab.serving.inputs import ONE_MORE, check, check_ids
 from embtab.serving.ranker import Ranker
 from embtab.serving.tables import ServedTables
 from embtab.signed import CONFIG, BundleError, check_files, need, read_signed, refused, write_signed
@@ -123,7 +123,9 @@ def _described(module: ServedTables | Ranker, name: str, array: np.ndarray) -> d
     what, _, feature = name.partition(".")
     tables = module.tables if isinstance(module, Ranker) else module
     if tables.is_stacked:
-        named = {"features": tables.names} if name in ("ids", "vectors") else {}
+        named: dict[str, Any] = {"features": tables.names} if name in ("ids", "vectors") else {}
+        if name == "ids":
+            named["below"] = [_below(module, feature) for feature in tables.names]
         return {"dtype": str(array.dtype), "shape": ["batch", *array.shape[1:]], **named}
     by_name = {each.name: each for each in tables.plan.features}
     if isinstance(module, Ranker) and module.layout and feature in module.layout.histories:
@@ -132,7 +134,17 @@ def _described(module: ServedTables | Ranker, name: str, array: np.ndarray) -> d
         return {"dtype": str(array.dtype), "shape": [ONE_MORE]}
     per_id = what in ("ids", "weights") or (what == "vectors" and by_name[feature].pooling == "none")
     rows = f"ids of {feature}" if per_id and feature not in tables.single else "batch"
-    return {"dtype": str(array.dtype), "shape": [rows, *array.shape[1:]]}
+    limited = {"below": _below(module, name.removeprefix("ids."))} if what == "ids" else {}
+    return {"dtype": str(array.dtype), "shape": [rows, *array.shape[1:]], **limited}
+
+
+def _below(module: ServedTables | Ranker, feature: str) -> int | None:
+    """How many ids a feature has; None where all tables that read them take any int64."""
+    reading = [module.tables, module.attention] if isinstance(module, Ranker) else [module]
+    plans = [tables.plan for tables in reading if tables is not None]
+    known = [(plan, each) for plan in plans for each in plan.features if each.name == feature]
+    limited = any(plan.encodings[each.space].num_ids is not None for plan, each in known)
+    return known[0][1].num_ids if limited else None
 
 
 def made_inputs(module: ServedTables | Ranker, rows: int, random: np.random.Generator) -> Arrays:
@@ -165,13 +177,11 @@ def made_inputs(module: ServedTables | Ranker, rows: int, random: np.random.Gene
 
 def _ids(module: ServedTables | Ranker, feature: str, total: int, random: np.random.Generator) -> np.ndarray:
     """Both ends of a feature's ids, others at random; extremes where all tables that read them take any int64."""
-    reading = [module.tables, module.attention] if isinstance(module, Ranker) else [module]
-    plans = [tables.plan for tables in reading if tables is not None]
-    known = [(plan, each) for plan in plans for each in plan.features if each.name == feature]
-    num_ids = known[0][1].num_ids
+    tables = module.tables if isinstance(module, Ranker) else module
+    num_ids = next(each.num_ids for each in tables.plan.features if each.name == feature)
     ids = random.integers(0, num_ids, total)
     ids[:2] = (num_ids - 1, 0)
-    if all(plan.encodings[each.space].num_ids is None for plan, each in known):
+    if _below(module, feature) is None:
         ids[2 : 2 + len(golden.EXTREMES)] = golden.EXTREMES[: max(total - 2, 0)]
     return ids
 
@@ -302,10 +312,15 @@ class Program:
         """The outputs by name.
 
         Raises:
-            UserError: when an input is missing, or is not of the type or shape that `config` says.
+            UserError: when an input is missing, or is not of the type or shape that `config` says, or an id is out of
+                range.
         """
         check(self.config["inputs"], inputs)
-        return self._run(inputs)
+        try:
+            return self._run(inputs)
+        except Exception as error:  # runtimes have errors of their own, which name no feature
+            check_ids(self.config["inputs"], inputs)
+            raise UserError(f"{self.path}: the program does not run: {_line(error)}") from None
 
     def difference(self) -> tuple[float, bool]:
         """The largest difference from the golden outputs, and whether all lie within tolerance.

@@ -42,5 +42,27 @@ def check(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray
                 raise UserError(f"{asked}, and is {_words(array.shape)}: {word} is {known} by input {first!r}")
 
 
+def check_ids(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray]) -> None:
+    """Looks for what a program has stumbled over; it need not be asked before.
+
+    Args:
+        taken: as of `check`; of ids also `below`, the number of a feature's ids, null where any int64 is one. Stacked
+            ids have a list of these, and one of their `features`.
+        given: arrays that `check` has seen.
+
+    Raises:
+        UserError: when an id is out of range.
+    """
+    for name, entry in taken.items():
+        if "features" in entry:
+            columns = zip(entry["features"], entry.get("below", ()), given[name].T, strict=False)
+        else:
+            columns = zip([name.removeprefix("ids.")], [entry.get("below")], [given[name]], strict=True)
+        for feature, below, ids in columns:
+            if below is not None and ((ids < 0) | (ids >= below)).any():
+                wrong = ids[(ids < 0) | (ids >= below)][0]
+                raise UserError(f"feature {feature!r}: id {wrong} is outside [0, {below})")
+
+
 def _words(shape: Any) -> str:
     return f"[{', '.join(map(str, shape))}]"

@@ -129,8 +129,8 @@ def test_integer_division_is_exact_above_2_to_the_53(tmp_path: Path) -> None:
     found = Program(tmp_path / "p").run({"ids.x": ids})["vectors.x"]
     np.testing.assert_array_equal(found, opened.vectors("x", ids))
     for wrong in (-1, n, 2**63 - 1):
-        with pytest.raises(Exception, match=r"(?i)out of"):
-            Program(tmp_path / "p").run({"ids.x": np.array([wrong])})
+        with pytest.raises(UserError, match=rf"feature 'x': id {wrong} is outside \[0, {n}\)"):
+            Program(tmp_path / "p").run({"ids.x": np.array([3, wrong])})
 
 
 def checkpoint(folder: Path, sequences: bool = False) -> Path:
@@ -261,6 +261,7 @@ def test_a_whole_ranker_becomes_onnx(sequences: bool, tmp_path: Path, capsys: py
     described = program.config["inputs"]
     assert described["dense"] == {"dtype": "float32", "shape": ["batch", 2]}
     assert described["ids.item"]["shape"] == (["batch"] if sequences else ["ids of item"])
+    assert (described["ids.item"]["below"], described["ids.user"]["below"]) == (90, None)
     (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes() + b" ")
     _, error, code = answered(capsys, "verify", out)
     assert (code, error.count("\n")) == (2, 1)
@@ -332,6 +333,17 @@ def test_inputs_that_do_not_fit_are_named(
         Program(stacked_ranker).run(given)
 
 
+def test_an_id_that_a_runtime_refuses_is_named(stacked_ranker: Path) -> None:
+    program = Program(stacked_ranker)
+    assert program.config["inputs"]["ids"]["below"] == [None, 90]  # unified takes any int64, qr its own
+    given = {"dense": np.zeros((2, 2), np.float32), "ids": np.array([[2**60, 89], [-5, 0]])}
+    assert program.run(given)["logits"].shape == (2,)
+    for wrong in (90, -1):
+        given["ids"][1, 1] = wrong
+        with pytest.raises(UserError, match=rf"feature 'item': id {wrong} is outside \[0, 90\)"):
+            program.run(given)
+
+
 def test_offsets_are_one_more_than_rows(original: Path) -> None:
     with pytest.raises(UserError, match=r"'offsets.user' must be int64 \[batch \+ 1\]"):
         Program(original).run({"ids.user": np.arange(3), "offsets.user": np.arange(4.0)})
@@ -360,6 +372,13 @@ def test_compiled_programs_take_stacked_ids(method: str, precision: str, tmp_pat
         some = {"ids": given["ids"][:rows]}
         found = Program(tmp_path / "p").run(some)
         assert largest(found, exported.outputs_of(module, opened, some)) < 1e-6
+    below = Program(tmp_path / "p").config["inputs"]["ids"]["below"]
+    for k, limit in enumerate(below):
+        if limit is not None:
+            wrong = given["ids"].copy()
+            wrong[500, k] = limit
+            with pytest.raises(UserError, match=rf"id {limit} is outside \[0, {limit}\)"):
+                Program(tmp_path / "p").run({"ids": wrong})
 
 
 @pytest.mark.slow
