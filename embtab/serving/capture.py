@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,9 @@ from embtab.errors import UserError
 if TYPE_CHECKING:
     from embtab.serving.ranker import Ranker
     from embtab.serving.tables import ServedTables
+
+
+_capturing = ContextVar("capturing", default=False)
 
 
 @torch.library.custom_op("embtab::in_memory", mutates_args=())
@@ -34,7 +38,7 @@ def in_memory(values: Tensor) -> Tensor:
     Args:
         values: [B, ...]; only the first length may be left open.
     """
-    marked: Tensor = torch.ops.embtab.in_memory(values) if torch.compiler.is_exporting() else values
+    marked: Tensor = torch.ops.embtab.in_memory(values) if _capturing.get() else values
     return marked
 
 
@@ -49,12 +53,15 @@ def captured(module: ServedTables | Ranker, example: Mapping[str, Tensor]) -> to
         UserError: when the model does what depends on more than the shapes of its inputs.
     """
     lengths = {name: {0: torch.export.Dim.AUTO} for name in example}
+    before = _capturing.set(True)
     try:
         with torch.no_grad():
             program = torch.export.export(module.eval(), (dict(example),), dynamic_shapes=(lengths,), strict=False)
     except Exception as error:  # torch.export has many
         name = type(getattr(module, "model", module)).__name__
         raise UserError(f"{name} cannot be exported: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        _capturing.reset(before)
     for node, name in zip(_placeholders(program), module.inputs(), strict=True):
         if isinstance(node.meta["val"].shape[0], int):
             raise UserError(f"{type(module).__name__} cannot be exported: it fixes the length of input {name!r}")

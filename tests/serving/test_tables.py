@@ -13,6 +13,7 @@ from embtab.errors import UserError
 from embtab.methods import PRECISIONS
 from embtab.reader import Bundle
 from embtab.serving import exported
+from embtab.serving.capture import captured
 from embtab.serving.quantised import QuantisedCollection, QuantisedTables, torchrec_collection
 from embtab.serving.tables import ServedTables
 
@@ -67,6 +68,16 @@ def test_columns_of_ids_are_stacked_ids(case: Case, tmp_path: Path) -> None:
     columns = {f"ids.{name}": ids[:, k] for k, name in enumerate(opened.features)}
     with torch.no_grad():
         torch.testing.assert_close(stacked.of_batch({"ids": ids}), apart.of_batch(columns), rtol=1e-6, atol=1e-6)
+
+
+def test_a_program_of_ones_own_has_no_operators_of_ours(tmp_path: Path) -> None:
+    """What marks values for our exports stays out of a plain torch.export."""
+    module = ServedTables(bundle(next(case for case in CASES if case.name == "unified"), tmp_path / "b"), stacked=True)
+    ids = torch.from_numpy(exported.made_inputs(module, 4, np.random.default_rng(0))["ids"])
+    program = torch.export.export(module, ({"ids": ids},), strict=False)
+    assert not [node for node in program.graph.nodes if str(node.target).startswith("embtab")]
+    marked = captured(module, {"ids": ids})
+    assert [node for node in marked.graph.nodes if str(node.target).startswith("embtab.in_memory")]
 
 
 @pytest.mark.slow
