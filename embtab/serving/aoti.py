@@ -20,6 +20,7 @@ from torch.utils._pytree import treespec_loads
 
 from embtab.errors import UserError
 from embtab.files import scratch
+from embtab.serving import one_row
 from embtab.serving.capture import captured
 
 if TYPE_CHECKING:
@@ -39,10 +40,17 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
     from torch._inductor.utils import fresh_cache
 
     program = captured(module, example)
-    _put_in_memory(program.graph_module.graph)
+    _put_in_memory(program.graph)
+    if one_row.is_by_row(program):
+        one = captured(module, {name: values[:1] for name, values in example.items()}, fixed=True)
+        _unmark(one.graph)
+        program = one_row.beside(program, one, example)
     # Inductor keeps what it compiles for the next time, and takes what a killed compiler left half written for whole:
     # so it gets a folder that goes with the process. (Not beside the output: it quotes no spaces.)
-    settings = {"aot_inductor.precompile_headers": False}
+    settings = {
+        "aot_inductor.precompile_headers": False,
+        "cpp.enable_floating_point_contract_flag": "fast",  # products are added up as they are made
+    }
     logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)  # that the folder is kept, which it is not
     try:
         with (
@@ -76,6 +84,13 @@ def _put_in_memory(graph: torch.fx.Graph) -> None:
             copied = graph.call_function(aten.clone.default, (values,), {"memory_format": torch.contiguous_format})
             view = graph.call_function(aten.as_strided.default, (copied, sizes, strides))
         node.replace_all_uses_with(view)
+        graph.erase_node(node)
+
+
+def _unmark(graph: torch.fx.Graph) -> None:
+    """Has what is marked by `in_memory` computed where it is read: of one row that is quicker."""
+    for node in [node for node in graph.nodes if node.target == torch.ops.embtab.in_memory.default]:
+        node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
 
 

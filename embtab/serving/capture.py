@@ -42,32 +42,37 @@ def in_memory(values: Tensor) -> Tensor:
     return marked
 
 
-def captured(module: ServedTables | Ranker, example: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
+def captured(
+    module: ServedTables | Ranker, example: Mapping[str, Tensor], fixed: bool = False
+) -> torch.export.ExportedProgram:
     """The module with the first length of every input left open.
 
     Args:
         module: tables or a ranker.
         example: inputs of at least two rows.
+        fixed: the lengths are to be those of `example`, which may then have one row.
 
     Raises:
         UserError: when the model does what depends on more than the shapes of its inputs.
     """
-    lengths = {name: {0: torch.export.Dim.AUTO} for name in example}
+    lengths = None if fixed else ({name: {0: torch.export.Dim.AUTO} for name in example},)
     before = _capturing.set(True)
     try:
         with torch.no_grad():
-            program = torch.export.export(module.eval(), (dict(example),), dynamic_shapes=(lengths,), strict=False)
+            program = torch.export.export(module.eval(), (dict(example),), dynamic_shapes=lengths, strict=False)
     except Exception as error:  # torch.export has many
         name = type(getattr(module, "model", module)).__name__
         raise UserError(f"{name} cannot be exported: {' '.join(str(error).split())[:300]}") from None
     finally:
         _capturing.reset(before)
-    for node, name in zip(_placeholders(program), module.inputs(), strict=True):
-        if isinstance(node.meta["val"].shape[0], int):
+    for length, name in zip(lengths_of(program), module.inputs(), strict=True):
+        if isinstance(length, int) and not fixed:
             raise UserError(f"{type(module).__name__} cannot be exported: it fixes the length of input {name!r}")
     return program
 
 
-def _placeholders(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
+def lengths_of(program: torch.export.ExportedProgram) -> list[int | torch.SymInt]:
+    """The first length of every input."""
     given = set(program.graph_signature.user_inputs)
-    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in given]
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in given]
+    return [node.meta["val"].shape[0] for node in nodes]

@@ -1,4 +1,6 @@
-"""An exported program's inputs, looked at before it runs: compiled code reads past the end of what is too short."""
+"""An exported program's inputs, looked at before it runs: compiled code reads past the end of what is too short, and
+may divide by a number of rows that is none.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from embtab.errors import UserError
 ONE_MORE = "batch + 1"
 
 
-def check(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray]) -> None:
+def check(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Looks at names, types and shapes.
 
     Args:
         taken: `inputs` of a program's config.json: of each its dtype, and its shape, in which lengths that may differ
             from call to call are words, the same word for the same length; `ONE_MORE` is one more than "batch".
         given: arrays by name; others may be among them.
+
+    Returns:
+        the lengths by their words.
 
     Raises:
         UserError: when an input is missing, or is not of its type or shape.
@@ -40,6 +45,22 @@ def check(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray
             known, first = lengths.setdefault(word, (length, name))
             if known != length:
                 raise UserError(f"{asked}, and is {_words(array.shape)}: {word} is {known} by input {first!r}")
+    return {word: length for word, (length, _) in lengths.items()}
+
+
+def empty(made: Mapping[str, Mapping[str, Any]], lengths: Mapping[str, int]) -> dict[str, np.ndarray] | None:
+    """What a program must give where it is asked nothing; None where an output has numbers.
+
+    Args:
+        made: `outputs` of a program's config.json.
+        lengths: as `check` returns them.
+    """
+    if 0 not in lengths.values():
+        return None
+    shapes = {name: [lengths.get(length, length) for length in entry["shape"]] for name, entry in made.items()}
+    if not all(0 in shape for shape in shapes.values()):
+        return None
+    return {name: np.zeros(shape, made[name]["dtype"]) for name, shape in shapes.items()}
 
 
 def check_ids(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray]) -> None:
