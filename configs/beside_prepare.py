@@ -4,8 +4,8 @@
     python configs/beside_prepare.py fx/bin/python [--rows 200000]
 
 Generated rows: 13 integers, some of them blank, and 26 hexadecimal values of Criteo's cardinalities cut to 100,000, by
-Zipf's law; as Criteo's raw text for ours, as CSV with a header for theirs. Ours is timed as a command, start-up
-included; theirs from the first call to the last, its imports left out.
+Zipf's law; as Criteo's raw text for ours, as CSV with a header for theirs. Each turn is a process of its own, timed
+from the first call to the last: what it imports is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +22,14 @@ import polars as pl
 
 from embtab.bench.workload import Case, draw
 
+OURS = """
+import sys, time
+from pathlib import Path
+from embtab.datasets.criteo import prepare
+begun = time.perf_counter()
+prepare([Path(sys.argv[1])], Path(sys.argv[2]))
+print("seconds", time.perf_counter() - begun)
+"""
 THEIRS = """
 import sys, time
 from fuxictr.preprocess import FeatureProcessor, build_dataset
@@ -65,17 +72,16 @@ def main() -> None:
         table = made(given.rows)
         table.write_csv(folder / "made.txt", separator="\t", include_header=False)
         table.write_csv(folder / "made.csv")
-        script = Path(sys.executable).with_name("embtab")
-        seconds: dict[str, list[float]] = {"embtab": [], "FuxiCTR": []}
+        arms = {
+            "embtab": (sys.executable, OURS, folder / "made.txt"),
+            "FuxiCTR": (str(Path(given.python).absolute()), THEIRS, folder / "made.csv"),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(given.rounds):
-            out = folder / f"ours-{turn}"
-            begun = time.perf_counter()
-            told = [str(script), "prepare", "criteo", str(folder / "made.txt"), "--out", str(out)]
-            subprocess.run(told, check=True, capture_output=True)
-            seconds["embtab"].append(time.perf_counter() - begun)
-            theirs = [given.python, "-c", THEIRS, str(folder / "made.csv"), str(folder / f"theirs-{turn}")]
-            done = subprocess.run(theirs, check=True, capture_output=True, text=True)
-            seconds["FuxiCTR"].append(float(done.stdout.split("seconds ")[-1]))
+            for name, (python, script, raw) in arms.items():
+                told = [python, "-c", script, str(raw), str(folder / f"{name}-{turn}")]
+                done = subprocess.run(told, check=True, capture_output=True, text=True, cwd=folder)
+                seconds[name].append(float(done.stdout.split("seconds ")[-1]))
     for name, each in seconds.items():
         print(f"{name:8s} {median(each):7.2f} s {given.rows / median(each):10,.0f} rows/s")
     ratio = median(b / a for a, b in zip(*seconds.values(), strict=True))

@@ -51,6 +51,11 @@ def loader_arms(folder: Path, batch: int) -> tuple[dict[str, Arm], int]:
     return {PYARROW: pyarrow, "in order": ours(False), "shuffled": ours(True)}, dataset.rows("train")
 
 
+def read_once(folder: Path, batch: int, name: str) -> None:
+    """One turn of one arm."""
+    loader_arms(folder, batch)[0][name](0, Stopwatch(torch.device("cpu")))
+
+
 def _numbers(column: pa.Array) -> np.ndarray:
     """The numbers of a column, of all its lists if they are lists; a copy, as torch wants to write to its tensors."""
     return np.array((column.flatten() if pa.types.is_list(column.type) else column).to_numpy(zero_copy_only=True))

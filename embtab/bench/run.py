@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from embtab.bench import machine
-from embtab.bench.loading import PYARROW, loader_arms
+from embtab.bench.loading import PYARROW, loader_arms, read_once
 from embtab.bench.lookups import DENSE_ARMS, TORCH, TORCHREC, lookup_arms
 from embtab.bench.memory import free_memory, peak_bytes
 from embtab.bench.report import Result, result
@@ -37,6 +37,8 @@ def run(settings: Settings) -> list[Result]:
     unknown = set(settings.what) - set(WHAT)
     if unknown:
         raise UserError(f"unknown measurement {min(unknown)!r}; there are {', '.join(WHAT)}")
+    if settings.memory and "search" in settings.what:
+        raise UserError("memory is not measured of search: leave out one of the two")
     if settings.baseline not in settings.arms:
         raise UserError(f"the baseline {settings.baseline!r} is not measured; arms are {', '.join(settings.arms)}")
     limits = machine.measure(list(settings.dims), settings.device, settings.machine_bytes)
@@ -113,4 +115,6 @@ def _loader(settings: Settings) -> Iterator[Result]:
             seconds = alternate(arms, max(settings.rounds // 3, 3), settings.device, title="loader")
             for name, times in seconds.items():
                 found = Times(times[:, 0], seconds[PYARROW][:, 0])
-                yield result("loader", "epoch", name, Case(batch=batch), found, rows)
+                read = partial(read_once, folder, batch, name)
+                peak = peak_bytes(read, settings.device) if settings.memory else None
+                yield replace(result("loader", "epoch", name, Case(batch=batch), found, rows), peak_bytes=peak)

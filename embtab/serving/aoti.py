@@ -109,8 +109,10 @@ def load(path: Path) -> Run:
     taken, names = given.child(0).child(0).context, made.context
 
     def run(inputs: Arrays) -> Arrays:
-        arrays = [inputs[name] for name in taken]
-        tensors = [torch.from_numpy(array if array.flags.carray else array.copy()) for array in arrays]
+        tensors = []
+        for name in taken:
+            array = inputs[name]
+            tensors.append(torch.from_numpy(array if array.flags.carray else array.copy()))
         return {name: output.numpy() for name, output in zip(names, loader.boxed_run(tensors), strict=True)}
 
     return run

@@ -240,6 +240,8 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         run(Settings(("trains",)))
     with pytest.raises(UserError, match="the baseline 'torchrec' is not measured; arms are dense"):
         run(Settings(arms=("dense",)))
+    with pytest.raises(UserError, match="memory is not measured of search"):
+        run(Settings(("lookups", "search"), memory=True))
     with pytest.raises(SystemExit):
         main(["bench", "--skew", "steep"])
     assert "--skew must be zipf or uniform, got steep" in capsys.readouterr().err
@@ -253,11 +255,14 @@ def test_the_reader_is_measured_on_every_row_of_the_split(tmp_path: Path) -> Non
     for turn in arms.values():
         turn(0, watch)
     assert all(seconds > 0 for seconds in watch.laps())
-    settings = Settings(("loader",), data=tmp_path / "data", batches=(64,), rounds=3, machine_bytes=1 << 20)
+    settings = Settings(
+        ("loader",), data=tmp_path / "data", batches=(64,), rounds=3, memory=True, machine_bytes=1 << 20
+    )
     found = {result.arm: result for result in run(settings)}
     assert list(found) == [PYARROW, "in order", "shuffled"]
     assert found[PYARROW].ratio == 1
     assert all(result.rate == pytest.approx(400e3 / result.median_ms) for result in found.values())
+    assert all((result.peak_bytes or 0) > 50e6 for result in found.values())
 
 
 def test_memory_is_that_of_the_work_in_a_process_of_its_own() -> None:
