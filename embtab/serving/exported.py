@@ -121,10 +121,10 @@ def export(
 
 
 def _of_one_row(module: ServedTables | Ranker, bundle: Bundle, given: Arrays) -> list[tuple[Arrays, Arrays]]:
-    """The first row and what it must give, where ids are stacked: a program may answer one row in a way of its own."""
-    tables = module.tables if isinstance(module, Ranker) else module
+    """The first row and what it must give, where an input is an array of rows: a program may have a way of its own."""
     first = {name: array[:1] for name, array in given.items()}
-    return [(first, outputs_of(module, bundle, first))] if tables.is_stacked else []
+    by_row = len({len(array) for array in given.values()}) == 1
+    return [(first, outputs_of(module, bundle, first))] if by_row else []
 
 
 def _described(module: ServedTables | Ranker, name: str, array: np.ndarray) -> dict[str, Any]:
