@@ -41,10 +41,10 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
 
     program = captured(module, example)
     _put_in_memory(program.graph)
+    one = None
     if one_row.is_by_row(program):
         one = captured(module, {name: values[:1] for name, values in example.items()}, fixed=True)
         _unmark(one.graph)
-        program = one_row.beside(program, one, example)
     # Inductor keeps what it compiles for the next time, and takes what a killed compiler left half written for whole:
     # so it gets a folder that goes with the process. (Not beside the output: it quotes no spaces.)
     settings = {
@@ -60,7 +60,8 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # torch's, of its own parts
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            both = program if one is None else one_row.beside(program, one, example)
+            torch._inductor.aoti_compile_and_package(both, package_path=str(path))
     except Exception as error:  # inductor and the compiler have many
         raise UserError(f"the model cannot be compiled: {_reason(error)}") from error
 

@@ -112,9 +112,10 @@ class _Either(nn.Module):
         def of_one(*operands: Tensor) -> tuple[Tensor, ...]:
             rows = operands[0].shape[0]
             first = [operand.narrow(0, 0, 1) for operand in operands[: len(given)]]
-            found = map(_owned, self.one.run(first, dict(zip(held, operands[len(given) :], strict=True))))
-            # Both branches must agree on shapes: one row is `rows` here.
-            return tuple(each.as_strided((rows, *each.shape[1:]), each.stride()) for each in found)
+            found = self.one.run(first, dict(zip(held, operands[len(given) :], strict=True)))
+            # Both branches must agree on shapes: one row is `rows` here, also where a model has squeezed it away.
+            alone = [_owned(each.reshape(1, *rest)) for each, rest in zip(found, self.more.rests(), strict=True)]
+            return tuple(each.as_strided((rows, *each.shape[1:]), each.stride()) for each in alone)
 
         def of_more(*operands: Tensor) -> tuple[Tensor, ...]:
             found = self.more.run(operands[: len(given)], dict(zip(held, operands[len(given) :], strict=True)))
@@ -134,6 +135,11 @@ class _Branch:
         specs = program.graph_signature.input_specs
         self.constants = {spec.arg.name: held[spec.target] for spec in specs if spec.target is not None}
         self.places: dict[str, _Place] = {}
+
+    def rests(self) -> list[torch.Size]:
+        """The shapes of the outputs but for the first length."""
+        (made,) = self.program.graph.output_node().args
+        return [node.meta["val"].shape[1:] for node in made]
 
     def run(self, given: Iterable[Tensor], buffers: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The outputs in order."""
