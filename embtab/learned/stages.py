@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from embtab.errors import UserError
 from embtab.files import replaced_file
+from embtab.torch_files import load_plain
 
 State = dict[str, Any]
 Save = Callable[[State], None]
@@ -63,7 +63,5 @@ def read(path: Path) -> State:
     Raises:
         UserError: when it is damaged.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds
-        raise UserError(f"{path}: damaged; remove it, and the stage is done again") from None
+    state: State = load_plain(path, f"{path}: damaged; remove it, and the stage is done again")
+    return state

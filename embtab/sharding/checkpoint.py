@@ -9,21 +9,23 @@ On several hosts the folder must be on a file system that all of them share.
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from embtab.errors import UserError
+from embtab.sharding.metadata import Reader
 from embtab.sharding.processes import first_says, size_of
+from embtab.torch_files import load_plain
 
 _META = "meta.pt"
 
@@ -88,10 +90,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: when the folder holds no complete checkpoint.
     """
-    try:
-        meta: dict[str, Any] = torch.load(folder / _META, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{folder}: damaged, or not a checkpoint made by a sharded run") from None
+    meta = load_plain(folder / _META, _damaged(folder))
+    if not isinstance(meta, dict):
+        raise UserError(_damaged(folder))
     return meta
 
 
@@ -106,7 +107,8 @@ def load(folder: Path, state: Mapping[str, Any], optional: Callable[[str], bool]
     Raises:
         UserError: when the checkpoint lacks a tensor or has one of another shape.
     """
-    saved = _tensors(folder)
+    reader = Reader(folder)
+    saved = reader.tensors
     wanted = {}
     for name, target in state.items():
         if name not in saved:
@@ -119,30 +121,50 @@ def load(folder: Path, state: Mapping[str, Any], optional: Callable[[str], bool]
                 f"{folder}: {name!r} has shape {was} and here {now}; it was made with another plan or optimizer"
             )
         wanted[name] = target
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        read_tensors(wanted, checkpoint_id=folder)
+    with _reading(folder):
+        read_tensors(wanted, storage_reader=reader)
 
 
 def read_whole(folder: Path) -> dict[str, Tensor]:
-    """All tensors in full, read by this process alone, tables without padding."""
+    """All tensors in full, read by this process alone, tables without padding.
+
+    Raises:
+        UserError: when the folder is damaged, or no checkpoint.
+    """
+    reader = Reader(folder)
     state: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in _tensors(folder).items()
+        name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in reader.tensors.items()
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        read_tensors(state, checkpoint_id=folder, no_dist=True)
-    shapes: Mapping[str, Sequence[int]] = read_meta(folder).get("shapes", {})
-    for name, shape in shapes.items():
+    with _reading(folder):
+        read_tensors(state, storage_reader=reader, no_dist=True)
+    for name, shape in _shapes(folder).items():
         if name in state:
             for axis, size in enumerate(shape[: state[name].dim()]):
-                state[name] = state[name].narrow(axis, 0, size).contiguous()
+                state[name] = state[name][(slice(None),) * axis + (slice(size),)].contiguous()
     return state
 
 
-def _tensors(folder: Path) -> dict[str, Any]:
-    """Sizes and types of the stored tensors, by name."""
-    try:
-        return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{folder}: damaged, or not a checkpoint made by a sharded run") from None
+def _shapes(folder: Path) -> Mapping[str, Sequence[int]]:
+    """Of every table without its padding, by name."""
+    shapes = read_meta(folder).get("shapes", {})
+    if not isinstance(shapes, dict) or not all(
+        isinstance(shape, list) and all(isinstance(size, int) and size >= 0 for size in shape)
+        for shape in shapes.values()
+    ):
+        raise UserError(_damaged(folder))
+    return shapes
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Says in a line what torch says of files that are damaged, or hold something other than tensors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except CheckpointException:
+            raise UserError(_damaged(folder)) from None
+
+
+def _damaged(folder: Path) -> str:
+    return f"{folder}: damaged, or not a checkpoint made by a sharded run"

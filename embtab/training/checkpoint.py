@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.errors import UserError
 from embtab.files import replaced_file
 from embtab.planning import Plan
+from embtab.torch_files import load_plain
 
 _PACKAGES = ("embtab", "torch", "fbgemm-gpu", "torchrec", "lightning")
 
@@ -73,12 +73,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             checkpoint = {**folders.read_meta(path), "state_dict": folders.read_whole(path)}
             described(checkpoint, path)
             return checkpoint
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{path}: damaged, or not a checkpoint made by `embtab fit`") from None
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such checkpoint")
+    checkpoint = load_plain(Path(path), f"{path}: damaged, or not a checkpoint made by `embtab fit`", mmap=True)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: not a checkpoint made by `embtab fit`")
     described(checkpoint, path)
