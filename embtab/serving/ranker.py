@@ -9,7 +9,6 @@ one of sequences such as `DIN`, and the histories' offsets come once, as those o
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from embtab.reader import Bundle
 from embtab.serving.tables import Inputs, ServedTables
 from embtab.training.checkpoint import described, load_tables, read_checkpoint
 from embtab.training.layout import Layout
-from embtab.training.trust import check_config
+from embtab.training.trust import allowed, imported
 
 
 class Ranker(nn.Module):
@@ -190,15 +189,13 @@ def load_trained(path: Path, config: Path | None = None) -> Trained:
 
 def _made(config: Path, sizes: list[int]) -> nn.Module:
     """The model that a configuration names, untrained."""
-    check_config(config)
     try:
         described = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["model"]
-        module, _, name = described["class_path"].rpartition(".")
-        made = getattr(importlib.import_module(module), name)(*sizes, **described.get("init_args", {}))
+        made = imported(described["class_path"], allowed())(*sizes, **described.get("init_args", {}))
     except FileNotFoundError:
         raise UserError(f"{config}: no such file; give the run's configuration by --config") from None
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{config}: {error}") from None
     except Exception as error:  # YAML, imports and constructors have errors of their own
         raise UserError(f"{config}: its model cannot be made: {error!r}") from None
     if not isinstance(made, nn.Module):

@@ -32,7 +32,7 @@ from embtab.training.data import DataModule
 from embtab.training.progress import Progress
 from embtab.training.sequence_task import FitSequenceTask
 from embtab.training.task import FitTask
-from embtab.training.trust import check_config
+from embtab.training.trust import allowed, check_parsed, held_to
 
 TASKS = {"features": FitTask, "sequences": FitSequenceTask}
 _COMMANDS = ("fit", "validate", "test", "predict")
@@ -51,10 +51,10 @@ def main(argv: Sequence[str]) -> None:
         UserError: with one line that says which setting, option or file is wrong.
     """
     _quieten()
-    for file in _configs(argv):
-        check_config(file)
+    trusted = allowed(argv)
     try:
-        FitCLI(list(argv))
+        with held_to(trusted):
+            FitCLI(list(argv), trusted)
     except UserError:
         raise
     except (ArgumentError, MisconfigurationException) as error:
@@ -62,9 +62,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 class FitCLI(LightningCLI):
-    """Reads configuration files and options, then runs the command."""
+    """Reads configuration files and options, then runs the command.
 
-    def __init__(self, argv: list[str]):
+    Args:
+        argv: the command and its options.
+        trusted: packages whose classes files may name, beside those that anyone may.
+    """
+
+    def __init__(self, argv: list[str], trusted: Sequence[str] = ()):
+        self.trusted = trusted
         strict = {"exit_on_error": False}
         super().__init__(
             TASKS.get(_task_of(argv), FitTask),  # another name is refused by the parser
@@ -100,14 +106,18 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and checks the checkpoint before anything is built."""
+        """Parses, and checks what is named and the checkpoint before anything is built."""
         super().parse_arguments(parser, args)
+        check_parsed(self.config, self.trusted)
         command = self.config["subcommand"]
         path = self.config[command].get("ckpt_path")
         if path is not None:
             read_checkpoint(path)
         elif command != "fit":
             raise UserError(f"{command} needs a trained model: --ckpt_path runs/.../checkpoints/NAME.ckpt")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take settings, and classes, from a checkpoint; they come from the configuration alone."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The configured Trainer with our progress and checkpoints added to its callbacks."""
@@ -220,11 +230,6 @@ def _task_of(argv: Sequence[str]) -> str:
         elif option in ("--config", "-c"):
             found = _named_task(Path(value)) or found
     return found
-
-
-def _configs(argv: Sequence[str]) -> list[Path]:
-    """The configuration files that are given, of the whole run or of one of its parts (`--trainer FILE`)."""
-    return [path for _, value in _options(argv) if (path := Path(value)).suffix in (".yaml", ".yml", ".json")]
 
 
 def _options(argv: Sequence[str]) -> list[tuple[str, str]]:
