@@ -25,12 +25,14 @@ class Arrays(NamedState):
 
     def __init__(self, encodings: Mapping[str, Encoding], device: torch.device | str) -> None:
         super().__init__()
-        self.places: dict[tuple[str, str], str] = {}
+        self.places: dict[str, dict[str, str]] = {}
+        """By id space, the attribute that holds each array."""
+        count = 0
         self.saved: dict[bool, dict[str, str]] = {True: {}, False: {}}
         for space, encoding in encodings.items():
             for name, array in encoding.arrays().items():
-                place = f"array{len(self.places)}"
-                self.places[space, name] = place
+                place, count = f"array{count}", count + 1
+                self.places.setdefault(space, {})[name] = place
                 self.saved[array.serving][f"{space}.{name}" if array.serving else f"{space}.{name}.training"] = place
                 value = torch.zeros(array.shape, dtype=getattr(torch, array.dtype), device=device)
                 if array.dtype == "float32":
@@ -40,7 +42,7 @@ class Arrays(NamedState):
 
     def of(self, space: str) -> dict[str, Tensor]:
         """The arrays of one id space, by name."""
-        return {name: getattr(self, place) for (owner, name), place in self.places.items() if owner == space}
+        return {name: getattr(self, place) for name, place in self.places.get(space, {}).items()}
 
     def named_state(self) -> dict[str, Tensor]:
         """The arrays that serving needs, as "space.name"."""

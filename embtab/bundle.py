@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embtab import __version__, card, files, golden
 from embtab.bundle_files import FORMAT, VERSION, open_tensors, tensor_specs
@@ -37,6 +37,8 @@ MAX_FILE_BYTES = 2_000_000_000
 _LARGEST_FP16 = 65504.0
 
 C = TypeVar("C", bound=Collection)
+Vectors = Mapping[str, np.ndarray]
+"""Arrays by feature."""
 
 
 @torch.no_grad()
@@ -201,14 +203,11 @@ def _write_golden(
     """
     given = golden.inputs(described)
     opened = Bundle.of(folder, described, physical(described, open_tensors(folder, tensors)))
-    answer = golden.reader_answers(opened)
-    outputs = {feature: answer(feature, ids) for feature, ids in given.items()}
+    outputs = golden.reader_answers(opened)(given)
     tolerance = golden.tolerance(outputs)
     if all(table["precision"] == "fp32" for table in described["tables"]):
-        live = torch_answers(tables)
-        for feature, expected in outputs.items():
-            got = live(feature, given[feature])
-            if not all(golden.within(got[key], expected[key], tolerance) for key in got):
+        for feature, got in torch_answers(tables)(given).items():
+            if not all(golden.within(got[key], outputs[feature][key], tolerance) for key in got):
                 raise UserError(
                     f"feature {feature!r}: what was written does not give the vectors of the tables in memory"
                 )
@@ -236,32 +235,39 @@ def _write_program(folder: Path, about: dict[str, Any]) -> None:
 
 
 def torch_answers(tables: Collection) -> golden.Answer:
-    """What a collection gives for golden ids and bags, one feature at a time."""
-    names = [feature.name for feature in tables.plan.features]
+    """What a collection gives for golden ids and bags, those of all features in one batch."""
 
-    def ask(feature: str, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-        values = torch.tensor(ids)
-        all_lengths = torch.cat(
-            [torch.tensor(lengths) if n == feature else torch.zeros(len(lengths), dtype=torch.int64) for n in names]
-        )
+    def ask(ids: Vectors, lengths: Vectors, weights: Vectors | None = None) -> Vectors:
+        bags = max(map(len, lengths.values()))  # features with fewer get empty ones at the end
         batch = KeyedJaggedTensor(
-            names, values, None if weights is None else torch.tensor(weights), lengths=all_lengths
+            list(ids),
+            _in_a_row(ids),
+            None if weights is None else _in_a_row(weights),
+            _in_a_row({name: np.pad(each, (0, bags - len(each))) for name, each in lengths.items()}),
         )
         training = tables.training  # in which adaptive methods would count these ids
         with torch.no_grad():
-            answer = tables.eval()(batch)[feature]
+            answer = tables.eval()(batch)
         tables.train(training)
-        found = answer if isinstance(answer, Tensor) else answer.values()
-        return found.float().cpu().numpy()
+        if isinstance(answer, KeyedTensor):
+            return {name: found[: len(lengths[name])].float().cpu().numpy() for name, found in answer.to_dict().items()}
+        return {name: found.values().float().cpu().numpy() for name, found in answer.items()}
 
-    def answers(feature: str, given: golden.Arrays) -> dict[str, np.ndarray]:
-        found = {"vectors": ask(feature, given["ids"], np.ones(len(given["ids"]), np.int64), None)}
+    def answers(given: golden.Inputs) -> golden.Outputs:
+        ids = {name: each["ids"] for name, each in given.items()}
+        found = {"vectors": ask(ids, {name: np.ones(len(each), np.int64) for name, each in ids.items()})}
         if isinstance(tables, EmbeddingBagCollection):
-            bags = given["bag_ids"], np.diff(given["offsets"])
-            found |= {"pooled": ask(feature, *bags, None), "weighted": ask(feature, *bags, given["weights"])}
-        return found
+            bag_ids = {name: each["bag_ids"] for name, each in given.items()}
+            lengths = {name: np.diff(each["offsets"]) for name, each in given.items()}
+            weights = {name: each["weights"] for name, each in given.items()}
+            found |= {"pooled": ask(bag_ids, lengths), "weighted": ask(bag_ids, lengths, weights)}
+        return {name: {key: vectors[name] for key, vectors in found.items()} for name in given}
 
     return answers
+
+
+def _in_a_row(arrays: Vectors) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(arrays.values())))
 
 
 @torch.no_grad()
@@ -283,7 +289,7 @@ def load(
         UserError: when the bundle is damaged, or comes from a method that this embtab does not have.
     """
     opened = Bundle(path, deltas=deltas)
-    tables = collection(Plan.from_dict(opened.plan), backend=backend)
+    tables = collection(Plan.from_dict(opened.plan), backend=backend, init_std=None)
     for name in tables.plan.tables:
         rows, target = opened.tables[name], tables.lookup.table(name)
         for first in range(0, len(target), 2**16):

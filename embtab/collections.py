@@ -60,7 +60,7 @@ class Collection(nn.Module):
         plan: Plan,
         backend: str = "fbgemm",
         optimizer: Optimizer | None = None,
-        init_std: float = 0.01,
+        init_std: float | None = 0.01,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -82,36 +82,42 @@ class Collection(nn.Module):
             yield block
 
     @torch.no_grad()
-    def init(self, std: float, seed: int | None = None) -> None:
+    def init(self, std: float | None, seed: int | None = None) -> None:
         """Draws every table anew: zero mean, and composed vectors of standard deviation `std` whatever the method.
 
         Args:
-            std: standard deviation of the entries of composed vectors.
+            std: standard deviation of the entries of composed vectors. None leaves tables and trained arrays as they
+                are (fresh ones are zero), for values that are loaded next.
             seed: makes every row a function of seed, table and row number, for tables in one piece and spread ones
                 alike. If None, torch's global generator gives the numbers; or the seed, on the meta device.
         """
+        if seed is None and isinstance(self.lookup, Unmade):
+            seed = int(torch.randint(2**62, ()))
+        if std is not None:
+            self._draw_tables(std, seed)
+        for space, encoding in self.plan.encodings.items():
+            specs = encoding.arrays()
+            for name, array in self.arrays.of(space).items():
+                if specs[name].dtype != "float32":
+                    random = np.random.default_rng(abs(seed_of(space, 0, self.plan.seed)))
+                    array.copy_(torch.from_numpy(encoding.initial(name, random)))
+                elif std is not None:
+                    spread = specs[name].std * (std if specs[name].relative else 1)
+                    source = None if seed is None else generator(f"{space}.{name}", 0, seed)
+                    array.copy_(torch.empty(array.shape).normal_(specs[name].mean, spread, generator=source))
+
+    def _draw_tables(self, std: float, seed: int | None) -> None:
+        """Draws each physical table once, however many features and parts share it."""
         starts = {
             name: start
             for encoding in self.plan.encodings.values()
             for name, start in zip(encoding.tables, encoding.start(std), strict=True)
         }
-        if seed is None and isinstance(self.lookup, Unmade):
-            seed = int(torch.randint(2**62, ()))
         if seed is not None:
             self.lookup.fill(Draw(self.plan.tables, starts, seed))
-        for space, encoding in self.plan.encodings.items():
-            if seed is None:
-                for name in encoding.tables:
-                    self.lookup.table(name).normal_(*starts[name])
-            specs = encoding.arrays()
-            for name, array in self.arrays.of(space).items():
-                if specs[name].dtype == "float32":
-                    spread = specs[name].std * (std if specs[name].relative else 1)
-                    source = None if seed is None else generator(f"{space}.{name}", 0, seed)
-                    array.copy_(torch.empty(array.shape).normal_(specs[name].mean, spread, generator=source))
-                else:
-                    random = np.random.default_rng(abs(seed_of(space, 0, self.plan.seed)))
-                    array.copy_(torch.from_numpy(encoding.initial(name, random)))
+            return
+        for name, start in starts.items():
+            self.lookup.table(name).normal_(*start)
 
     @torch.no_grad()
     def adapt(self, step: int, epoch: int | None = None) -> list[str]:
@@ -197,7 +203,8 @@ class EmbeddingBagCollection(Collection):
         backend: "fbgemm" trains the tables inside backward by `optimizer`; "native" too, by a loop that is compiled on
             first use, for CPUs; "torch" makes them ordinary parameters.
         optimizer: not for the torch backend; row-wise Adagrad with lr 0.05 if None.
-        init_std: standard deviation of the entries of composed vectors.
+        init_std: standard deviation of the entries of composed vectors; None draws nothing, for tables whose values are
+            loaded next.
         device: where the tables live; "meta" for tables that are larger than one process's memory: they take none
             until `TorchRecStrategy` spreads them, and each process draws its own part.
 
@@ -210,7 +217,7 @@ class EmbeddingBagCollection(Collection):
         plan: Plan,
         backend: str = "fbgemm",
         optimizer: Optimizer | None = None,
-        init_std: float = 0.01,
+        init_std: float | None = 0.01,
         device: torch.device | str = "cpu",
     ) -> None:
         for feature in plan.features:

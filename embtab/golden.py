@@ -22,8 +22,10 @@ INPUTS = ("ids", "bag_ids", "offsets", "weights")
 OUTPUTS = ("vectors", "pooled", "weighted")
 
 Arrays = Mapping[str, np.ndarray]
-Answer = Callable[[str, Arrays], dict[str, np.ndarray]]
-"""(feature, its inputs) -> its outputs."""
+Inputs = Mapping[str, Arrays]
+Outputs = dict[str, dict[str, np.ndarray]]
+Answer = Callable[[Inputs], Outputs]
+"""Inputs by feature -> outputs by feature."""
 
 
 def inputs(plan: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
@@ -68,14 +70,14 @@ def reader_answers(bundle: Bundle) -> Answer:
     """What embtab.reader gives."""
     pooling = {entry["name"]: entry["pooling"] for entry in bundle.plan["features"]}
 
-    def answer(feature: str, given: Arrays) -> dict[str, np.ndarray]:
+    def of(feature: str, given: Arrays) -> dict[str, np.ndarray]:
         found = {"vectors": bundle.vectors(feature, given["ids"])}
         if pooling[feature] != "none":
             bags = feature, given["bag_ids"], given["offsets"]
             found |= {"pooled": bundle.lookup(*bags), "weighted": bundle.lookup(*bags, given["weights"])}
         return found
 
-    return answer
+    return lambda given: {feature: of(feature, inputs) for feature, inputs in given.items()}
 
 
 def tolerance(outputs: Mapping[str, Arrays]) -> dict[str, float]:
@@ -87,17 +89,18 @@ def tolerance(outputs: Mapping[str, Arrays]) -> dict[str, float]:
 def differences(bundle: Bundle, answer: Answer) -> dict[str, tuple[float, bool]]:
     """By feature, the largest absolute difference from the golden vectors, and whether all lie within tolerance."""
     allowed = (bundle.deltas[-1] if bundle.deltas else bundle).config["golden"]
+    golden = read(bundle)
+    try:
+        answered = answer(golden)
+    except BundleError:
+        raise
+    except (IndexError, ValueError) as error:
+        raise BundleError(f"{bundle.path}: the golden ids do not fit these tables: {error}") from None
     found = {}
-    for feature, golden in read(bundle).items():
+    for feature in golden:
         worst, fine = 0.0, True
-        try:
-            answered = answer(feature, golden)
-        except BundleError:
-            raise
-        except (IndexError, ValueError) as error:
-            raise BundleError(f"{bundle.path}: the golden ids do not fit these tables: {error}") from None
-        for key, got in answered.items():
-            expected = golden[key]
+        for key, got in answered[feature].items():
+            expected = golden[feature][key]
             if got.shape != expected.shape:
                 raise BundleError(
                     f"{bundle.path}: feature {feature!r}: {key} have shape {got.shape}, not {expected.shape}"

@@ -68,7 +68,7 @@ def from_dense(weights: Dense, plan: Plan, backend: str = "torch") -> EmbeddingB
     fit(targets, {name: made.lookup.table(name) for name in plan.tables}, plan.seed)
     if backend == "torch":
         return made
-    other = EmbeddingBagCollection(plan, backend=backend)
+    other = EmbeddingBagCollection(plan, backend=backend, init_std=None)
     other.load_state_dict(made.state_dict())
     return other
 

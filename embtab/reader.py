@@ -8,8 +8,7 @@ Given a plan as plain data (`Plan.to_dict`) and the physical tables as arrays, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,7 @@ def vectors(plan: Mapping[str, Any], tables: Tables, feature: str, ids: np.ndarr
     space = _feature(plan, feature)["id_space"] or feature
     encoding = plan["encodings"][space]
     _refuse_outside(encoding["num_ids"], feature, ids)
-    arrays = {name.removeprefix(f"{space}."): a for name, a in tables.items() if name.startswith(f"{space}.")}
-    return DECODERS[encoding["method"]](encoding, tables, arrays, ids)
+    return _decoded(encoding, tables, space, ids)
 
 
 def lookup(
@@ -78,6 +76,26 @@ def pool(each: np.ndarray, offsets: np.ndarray, pooling: str, weights: np.ndarra
     return pooled
 
 
+def _decoded(encoding: Mapping[str, Any], tables: Tables, space: str, ids: np.ndarray) -> np.ndarray:
+    return DECODERS[encoding["method"]](encoding, tables, _Arrays(tables, f"{space}."), ids)
+
+
+class _Arrays(Mapping[str, Any]):
+    """The arrays of one id space by their own names, of which only those that are asked for are looked up."""
+
+    def __init__(self, tables: Tables, prefix: str) -> None:
+        self.tables, self.prefix = tables, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tables[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.tables if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def _feature(plan: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     for entry in plan["features"]:
         if entry["name"] == name:
@@ -109,23 +127,29 @@ class Bundle:
         self.path = Path(path)
         self.config = read_config(self.path)
         check_files(self.path, self.config, verify)
-        self.plan: Mapping[str, Any] = self.config["plan"]
         tensors = open_tensors(self.path, self.config["tensors"], writable=bool(deltas))
         if verify:
             check_finite(tensors, self.path)
         self.deltas, self.digest = applied(tensors, self.config["sha256"], deltas, verify)
         self.tensors: Tables = tensors
-        self.tables: Mapping[str, Any] = physical(self.plan, tensors)
-        self.features = [entry["name"] for entry in self.plan["features"]]
+        self._holds(self.config["plan"], physical(self.config["plan"], tensors))
 
     @classmethod
     def of(cls, path: Path, plan: Mapping[str, Any], tables: Mapping[str, Any]) -> Bundle:
         """A bundle that is being written: what `lookup` needs, without config.json."""
         made = cls.__new__(cls)
-        made.path, made.config, made.plan, made.tables = path, {"files": {}}, plan, tables
-        made.deltas = []
-        made.features = [entry["name"] for entry in plan["features"]]
+        made.path, made.config, made.deltas = path, {"files": {}}, []
+        made._holds(plan, tables)
         return made
+
+    def _holds(self, plan: Mapping[str, Any], tables: Mapping[str, Any]) -> None:
+        self.plan, self.tables = plan, tables
+        self._entries = {entry["name"]: entry for entry in plan["features"]}
+        self.features = list(self._entries)
+        self._vocabularies: dict[str, dict[str, int]] = {}
+
+    def _entry(self, feature: str) -> Mapping[str, Any]:
+        return self._entries.get(feature) or _feature(self.plan, feature)  # which says what there is
 
     def vectors(self, feature: str, ids: np.ndarray) -> np.ndarray:
         """float32 [N, D]: the vector of each id.
@@ -140,14 +164,14 @@ class Bundle:
             BundleError: when the description cannot be decoded.
         """
         ids = _integers(ids, "ids")
-        entry = _feature(self.plan, feature)
-        encoding = self.plan["encodings"][entry["id_space"] or feature]
+        space = self._entry(feature)["id_space"] or feature
+        encoding = self.plan["encodings"][space]
         _refuse_outside(encoding["num_ids"], feature, ids)
         if encoding["method"] not in DECODERS:
             raise BundleError(f"{self.path}: feature {feature!r}: no decoder for method {encoding['method']!r}")
         try:
             with np.errstate(divide="raise"):
-                found = np.asarray(vectors(self.plan, self.tables, feature, ids), np.float32)
+                found = np.asarray(_decoded(encoding, self.tables, space, ids), np.float32)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise BundleError(f"{self.path}: feature {feature!r} cannot be decoded: {error!r}") from None
         if found.shape != (len(ids), self.plan["dim"]):
@@ -177,7 +201,7 @@ class Bundle:
             raise ValueError(f"offsets must rise from 0 to the {len(each)} ids")
         if weights is not None and np.shape(weights) != (len(each),):
             raise ValueError(f"weights must have shape ({len(each)},), one per id; got {np.shape(weights)}")
-        pooling = _feature(self.plan, feature)["pooling"]
+        pooling = self._entry(feature)["pooling"]
         if pooling == "none" and (np.diff(offsets) != 1).any():
             raise ValueError(f"feature {feature!r} is not pooled; use vectors")
         return pool(each, offsets, pooling, None if weights is None else np.asarray(weights, np.float32))
@@ -188,10 +212,11 @@ class Bundle:
         Raises:
             KeyError: when the bundle has no vocabulary of this feature.
         """
-        known = self._vocabulary(feature)
+        if feature not in self._vocabularies:  # kept here and not by a decorator, which would keep the bundle too
+            self._vocabularies[feature] = self._vocabulary(feature)
+        known = self._vocabularies[feature]
         return np.array([known.get(value, 0) for value in values], dtype=np.int64)
 
-    @cache  # noqa: B019 (a bundle is opened once)
     def _vocabulary(self, feature: str) -> dict[str, int]:
         held = map_tensors(self.path / VOCABULARY) if VOCABULARY in self.config["files"] else {}
         if f"ends.{feature}" not in held:

@@ -75,7 +75,7 @@ def fine_tuned(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     L.seed_everything(seed, workers=True, verbose=False)
-    started = EmbeddingBagCollection(tables.plan, "fbgemm", Optimizer("rowwise_adagrad", table_lr))
+    started = EmbeddingBagCollection(tables.plan, "fbgemm", Optimizer("rowwise_adagrad", table_lr), init_std=None)
     started.load_state_dict(tables.state_dict())
     task = RankingTask(started, copy.deepcopy(model).eval().requires_grad_(False), lr)
     trainer = L.Trainer(

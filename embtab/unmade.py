@@ -55,8 +55,8 @@ class Unmade(Lookup):
 
     def hand_over(self, other: Lookup) -> None:
         """Lets the other draw."""
-        assert self.draw is not None
-        other.fill(self.draw)
+        if self.draw is not None:  # else the other's rows stay zero
+            other.fill(self.draw)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Unmade:
         return self

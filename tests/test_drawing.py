@@ -53,3 +53,45 @@ def test_tables_on_the_meta_device_take_no_memory_and_say_what_to_do():
     assert [key for key in tables.state_dict() if key.startswith("lookup.")] == []
     with pytest.raises(UserError, match="hold no rows; give the Trainer strategy"):
         tables(Bags({"user": [[(3, 1.0)]]}).kjt(weighted=False))
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the tensors that were drawn."""
+    shapes = []
+    normal_ = torch.Tensor.normal_
+
+    def counted(tensor: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        shapes.append(tuple(tensor.shape))
+        return normal_(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("method", ["unified", "robe", "multihash", "memcom", "dense"])
+def test_each_table_is_drawn_once_however_many_features_share_it(method, draws):
+    plan = et.plan([et.Feature(f"f{i}", 500) for i in range(30)], method, "0.3x" if method != "dense" else None)
+    et.EmbeddingBagCollection(plan, backend="torch")
+    assert sorted(draws) == sorted((table.num_rows, table.width) for table in plan.tables.values())
+
+
+def test_what_is_overwritten_is_not_drawn(tmp_path, draws):
+    plan = et.plan([et.Feature("user", 500), et.Feature("item", 500)], {"user": "unified", "*": "dhe"}, "0.3x")
+    tables = et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0)
+    et.save(tables, tmp_path / "bundle")
+    draws.clear()
+    loaded = et.load(tmp_path / "bundle", "fbgemm")
+    assert draws == []
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in tables.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["cce", "cafe", "freqcut"])
+def test_undrawn_tables_are_zero_and_have_the_integer_arrays_of_drawn_ones(method):
+    plan = et.plan([et.Feature("user", 500), et.Feature("item", 900)], method, "0.5x")
+    empty, drawn = (et.EmbeddingBagCollection(plan, init_std=std).state_dict() for std in (None, 1.0))
+    for name, value in empty.items():
+        if name.startswith("lookup.") or value.is_floating_point():
+            assert not value.any(), name
+        else:
+            assert torch.equal(value, drawn[name]), name

@@ -1,6 +1,7 @@
 """The reader: light, lazy, and not to be fooled."""
 
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 from embtab import golden
@@ -377,3 +380,59 @@ def test_the_digest_of_the_description_covers_every_byte(original: Path) -> None
     text = (original / "config.json").read_bytes()
     digest = json.loads(text)["sha256"]
     assert hashlib.sha256(text.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
+
+
+def test_a_bundle_goes_when_nobody_has_it(original: Path, tmp_path: Path) -> None:
+    tables = et.load(original)
+    et.save(tables, tmp_path / "named", vocab={"colour": [None, "red", "blue"]})
+    opened = Bundle(tmp_path / "named")
+    assert opened.raw_ids("colour", ["blue", "red"]).tolist() == [2, 1]
+    assert opened.raw_ids("colour", ["blue"]).tolist() == [2]
+    known = weakref.ref(opened)
+    del opened
+    gc.collect()
+    assert known() is None
+
+
+class Unlisted(dict):
+    """A dictionary that may be asked for single entries alone."""
+
+    def __iter__(self):
+        raise AssertionError("all entries were looked at")
+
+    items = keys = values = __iter__
+
+
+def test_a_lookup_looks_at_no_table_but_its_own(tmp_path: Path) -> None:
+    plan = et.plan([et.Feature(name, 900) for name in "abc"], {"a": "cce", "b": "lowrank", "c": "dhe"}, "0.5x")
+    tables = et.EmbeddingBagCollection(plan, backend="torch", init_std=1.0).eval()
+    et.save(tables, tmp_path / "bundle")
+    opened = Bundle(tmp_path / "bundle")
+    expected = {name: opened.vectors(name, np.arange(9)) for name in "abc"}
+    opened.tables = Unlisted(opened.tables)
+    tables.arrays.places = Unlisted(tables.arrays.places)
+    batch = KeyedJaggedTensor(list("abc"), torch.arange(9).repeat(3), lengths=torch.ones(27).int())
+    found = tables(batch).to_dict()
+    for name in "abc":
+        np.testing.assert_array_equal(opened.vectors(name, np.arange(9)), expected[name])
+        np.testing.assert_allclose(found[name].detach().numpy(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [et.EmbeddingBagCollection, et.EmbeddingCollection])
+def test_saving_asks_for_all_golden_vectors_together(kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = [et.Feature(f"f{i}", 5 + 40 * i, pooling="mean") for i in range(20)]
+    tables = kind(et.plan(features, "qr", "0.5x"), backend="torch", init_std=1.0)
+    forward, batches = kind.forward, []
+    monkeypatch.setattr(kind, "forward", lambda self, batch: batches.append(batch) or forward(self, batch))
+    et.save(tables, tmp_path / "bundle")
+    assert len(batches) == (3 if kind is et.EmbeddingBagCollection else 1)
+    tables.lookup.stack(16)[3, 2] += 0.1
+    monkeypatch.setattr("embtab.bundle._write_tables", lambda tables, plan, folder, _: copied(tmp_path, folder))
+    with pytest.raises(et.errors.UserError, match="feature 'f0': what was written does not give the vectors"):
+        et.save(tables, tmp_path / "other")
+
+
+def copied(tmp_path: Path, folder: Path) -> dict[str, str]:
+    shutil.copyfile(tmp_path / "bundle" / "tables.safetensors", folder / "tables.safetensors")
+    held = json.loads((tmp_path / "bundle" / "config.json").read_text())["tensors"]
+    return {name: entry["file"] for name, entry in held.items()}

@@ -224,26 +224,28 @@ def compared(run: Run, given: Arrays, expected: Arrays, allowed: Mapping[str, fl
 
 
 def golden_answers(run: Run, plan: Mapping[str, Any]) -> golden.Answer:
-    """What tables that take weights give for a bundle's golden vectors, one feature at a time."""
-    features = {entry["name"]: entry["pooling"] != "none" for entry in plan["features"]}
+    """What tables that take weights give for a bundle's golden vectors, those of all features in one call."""
+    bagged = {entry["name"] for entry in plan["features"] if entry["pooling"] != "none"}
 
-    def ask(feature: str, ids: np.ndarray, offsets: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-        given: Arrays = {}
-        for name, bagged in features.items():
-            own = ids if name == feature else np.zeros(1, np.int64)
-            given[f"ids.{name}"] = own
-            if bagged:
-                given[f"offsets.{name}"] = offsets if name == feature else np.array([0, 1])
-                ones = np.ones(len(own), np.float32)
-                given[f"weights.{name}"] = weights if weights is not None and name == feature else ones
-        return run(given)[f"vectors.{feature}"]
+    def ask(given: golden.Inputs, kind: str) -> Arrays:
+        inputs: Arrays = {}
+        for name, each in given.items():
+            ids = each["ids" if kind == "vectors" else "bag_ids"]
+            inputs[f"ids.{name}"] = ids
+            if name in bagged:
+                inputs[f"offsets.{name}"] = np.arange(len(ids) + 1) if kind == "vectors" else each["offsets"]
+                inputs[f"weights.{name}"] = each["weights"] if kind == "weighted" else np.ones(len(ids), np.float32)
+        return run(inputs)
 
-    def answers(feature: str, given: golden.Arrays) -> Arrays:
-        found = {"vectors": ask(feature, given["ids"], np.arange(len(given["ids"]) + 1), None)}
-        if features[feature]:
-            bags = feature, given["bag_ids"], given["offsets"]
-            found |= {"pooled": ask(*bags, None), "weighted": ask(*bags, given["weights"])}
-        return found
+    def answers(given: golden.Inputs) -> golden.Outputs:
+        outputs = {kind: ask(given, kind) for kind in (golden.OUTPUTS if bagged else golden.OUTPUTS[:1])}
+        return {
+            name: {
+                kind: outputs[kind][f"vectors.{name}"]
+                for kind in (golden.OUTPUTS if name in bagged else golden.OUTPUTS[:1])
+            }
+            for name in given
+        }
 
     return answers
 

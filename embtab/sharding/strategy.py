@@ -260,7 +260,7 @@ def gathered(collection: Collection) -> Collection:
     lookup = collection.lookup
     if not isinstance(lookup, ShardedLookup):
         return collection
-    one = type(collection)(collection.plan, optimizer=lookup.optimizer)
+    one = type(collection)(collection.plan, optimizer=lookup.optimizer, init_std=None)
     one.lookup.load_state_dict(lookup.gathered())
     one.arrays.load_state_dict(collection.arrays.state_dict())
     return one

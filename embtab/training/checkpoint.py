@@ -107,7 +107,7 @@ def load_tables(
         raise UserError(f"{path}: its {part} were not made from a plan, so they cannot be rebuilt here")
     plan = Plan.from_dict(made)
     is_sequence = any(feature.pooling == "none" for feature in plan.features)
-    tables = (EmbeddingCollection if is_sequence else EmbeddingBagCollection)(plan, backend=backend)
+    tables = (EmbeddingCollection if is_sequence else EmbeddingBagCollection)(plan, backend=backend, init_std=None)
     state: dict[str, Tensor] = checkpoint["state_dict"]
     own = f"{part}."
     tables.load_state_dict({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
