@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from embtab.datasets.schema import ROW_GROUP_ROWS, SPLITS, Dataset, open_writer
+from embtab.datasets.vocabulary import exactly
 from embtab.errors import DataError, UserError
 
 
@@ -53,7 +54,7 @@ def write_split(folder: Path, split: str, dataset: Dataset, batches: Iterable[pl
     held: list[pl.DataFrame] = []
     with open_writer(folder / split / "part-00000.parquet", schema) as writer:
         for batch in batches:
-            held.append(batch.select(schema.names))
+            held.append(batch.select(map(exactly, schema.names)))
             if sum(part.height for part in held) < ROW_GROUP_ROWS:
                 continue
             rows = pl.concat(held)

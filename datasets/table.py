@@ -62,7 +62,7 @@ def prepare(raw: Sequence[Path], out: Path, *, roles: Roles | Path) -> Dataset:
     with new_folder(out) as folder:
         staging = folder / "staging"
         stager = _stage(files, numbers, given, staging)
-        rows = pl.scan_parquet(staging / "*.parquet")
+        rows = pl.scan_parquet(sorted(staging.iterdir()), glob=False)
         distinct = {space: each.count for space, each in stager.distinct.items()}
         dataset = _write(folder, rows, given, distinct, _source(files, given, stager))
         shutil.rmtree(staging)
@@ -129,7 +129,7 @@ def _write(
     vocabulary.save(vocabularies, folder)
     raw = raw_num_ids(rows, roles)
     for name, size in raw.items():
-        save_raw_counts(train.select(name), size, folder)
+        save_raw_counts(train.select(vocabulary.exactly(name)), size, folder)
     hashed = {each.column: each.num_ids or distinct[each.space] for each in roles.features if each.hashed}
     num_ids = {name: table.height for name, table in vocabularies.items()} | raw | hashed
     dataset = Dataset(
@@ -141,7 +141,7 @@ def _write(
         source=source,
     )
     if roles.user_number is not None:
-        vocabularies[roles.user_number] = vocabulary.fit(rows.select(roles.user_number))
+        vocabularies[roles.user_number] = vocabulary.fit(rows.select(vocabulary.exactly(roles.user_number)))
     with tqdm(total=sum(sizes.values()), desc="encoding", unit="row", unit_scale=True) as bar:
         for split, part in parts.items():
             write_split(folder, split, dataset, _stream(vocabulary.encode(part, vocabularies), bar))

@@ -158,7 +158,7 @@ class Stager:
 
     def _moments(self, piece: Piece, time: Time) -> pl.Series:
         """The time as Datetime where it is written so, else as numbers."""
-        given = piece.rows[time.column]
+        given = piece.column(time.column)
         if time.format is not None:
             moments = _parsed(given.cast(pl.String), time.format)
         elif given.dtype == pl.String:
@@ -191,7 +191,7 @@ class Stager:
         if way.by == "order":
             return pl.Series(np.arange(self.rows, self.rows + height, dtype=np.float64))
         if way.column is not None:
-            values = _text(piece.rows[way.column])
+            values = _text(piece.column(way.column))
             numbers = {value: float(i) for i, name in enumerate(SPLITS) for value in way.names.get(name, ())}
             keys = values.replace_strict(numbers, default=None, return_dtype=pl.Float64)
             _refuse(piece, way.column, keys.is_null(), f"names no split; there are {', '.join(numbers)}", show=True)
@@ -202,7 +202,7 @@ class Stager:
 def _refuse(piece: Piece, column: str, wrong: pl.Series, rule: str, show: bool = False) -> None:
     rows = wrong.arg_true()
     if len(rows):
-        value = piece.rows[column][rows[0]]
+        value = piece.column(column)[rows[0]]
         got = f", got {shown(value.to_list() if isinstance(value, pl.Series) else value)}" if show else ""
         raise DataError(f"{piece.place(column, rows[0])}: {rule}{got}")
 
@@ -212,14 +212,14 @@ def _text(values: pl.Series) -> pl.Series:
 
 
 def _present(piece: Piece, column: str, rule: str) -> pl.Series:
-    values = _text(piece.rows[column])
+    values = _text(piece.column(column))
     _refuse(piece, column, values == "", rule)
     return values
 
 
 def _numbers(piece: Piece, column: str, rule: str) -> pl.Series:
     """Float64, null where there is no value; text that is no number breaks the rule."""
-    given = piece.rows[column]
+    given = piece.column(column)
     if given.dtype != pl.String:
         return given.cast(pl.Float64)
     given = given.str.strip_chars()
@@ -238,8 +238,8 @@ def _label(piece: Piece, column: str) -> pl.Series:
 
 def _values(piece: Piece, feature: Ids) -> pl.Series:
     if not feature.is_id:
-        return _text(piece.rows[feature.column])
-    ids = pl.select(_ids(pl.lit(piece.rows[feature.column]), feature)).to_series()
+        return _text(piece.column(feature.column))
+    ids = pl.select(_ids(pl.lit(piece.column(feature.column)), feature)).to_series()
     _refuse(piece, feature.column, ids.is_null(), _range(feature), show=True)
     return ids
 
@@ -262,7 +262,7 @@ def _range(feature: Ids) -> str:
 
 def _lists(piece: Piece, feature: Ids) -> pl.Series:
     """Lists of the values; blanks and nulls in a `multi` are none, those in a history are blank values."""
-    given = piece.rows[feature.column]
+    given = piece.column(feature.column)
     if given.dtype == pl.String:
         given = given.replace("", None).str.split(feature.separator or "|")
     given = given.cast(pl.List(pl.String)).fill_null([]).list.eval(pl.element().fill_null(""))

@@ -43,6 +43,10 @@ class Piece:
     row_group: int | None
     first: int
 
+    def column(self, name: str) -> pl.Series:
+        """A column under a plain name, for polars takes some names for patterns; see `exactly`."""
+        return self.rows[name].alias("value")
+
     def place(self, column: str, row: int) -> str:
         """Where a value is, for people."""
         if self.row_group is None:
@@ -82,7 +86,7 @@ class TableFile:
                     first = 0
                     for batch in file.iter_batches(_BLOCK_ROWS, row_groups=[group], columns=wanted):
                         batch.validate(full=True)  # text that is not UTF-8 would pass unseen
-                        rows = pl.DataFrame(pl.from_arrow(batch)).select(wanted)
+                        rows = pl.DataFrame(pl.from_arrow(batch.select(wanted)))
                         yield Piece(rows, self.path, group, first)
                         first += rows.height
                     bar.update(self.path.stat().st_size // file.num_row_groups)

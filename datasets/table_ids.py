@@ -26,7 +26,7 @@ def count_values(train: pl.LazyFrame, features: Iterable[Ids]) -> dict[str, pl.D
     min_counts = {}
     for feature in features:
         if not feature.is_id:
-            found = vocabulary.fit(train.select(feature.column)).slice(1)
+            found = vocabulary.fit(train.select(vocabulary.exactly(feature.column))).slice(1)
             counted.setdefault(feature.space, {})[feature.column] = found
             min_counts[feature.space] = feature.min_count
     named: dict[str, pl.DataFrame] = {}
@@ -70,7 +70,7 @@ def raw_num_ids(rows: pl.LazyFrame, roles: Roles) -> dict[str, int]:
 
 
 def _largest(rows: pl.LazyFrame, feature: Ids) -> int:
-    column = pl.col(feature.column)
+    column = pl.col(vocabulary.exactly(feature.column))
     largest = rows.select((column.list.max() if feature.is_list else column).max()).collect(engine="streaming").item()
     return 0 if largest is None else int(largest)
 
@@ -79,9 +79,10 @@ def save_raw_counts(column: pl.LazyFrame, num_ids: int, folder: Path) -> None:
     """Writes `vocab/NAME.parquet` below `folder`: how often each of the ids of one column occurs."""
     schema = column.collect_schema()
     (name,) = schema
+    column = column.select(value=vocabulary.exactly(name))
     if isinstance(schema[name], pl.List):
-        column = column.explode(name).drop_nulls()
-    found = column.group_by(name).agg(pl.len().alias("count")).collect(engine="streaming")
+        column = column.explode("value").drop_nulls()
+    found = column.group_by("value").agg(pl.len().alias("count")).collect(engine="streaming")
     counts = np.zeros(num_ids, np.int64)
     counts[found[:, 0].to_numpy()] = found[:, 1].to_numpy()
     fields = pa.schema([pa.field("count", pa.int64(), nullable=False)])

@@ -7,6 +7,7 @@ other splits hold. Its `value` is null and its `count` the training occurrences 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _SCHEMA = pa.schema([pa.field("value", pa.string()), pa.field("count", pa.int64(), nullable=False)])
+
+
+def exactly(name: str) -> str:
+    """A column's name as polars selects that column alone: it takes `*` and names such as `^c.*$` for patterns."""
+    return f"^{re.escape(name)}$" if name == "*" or (name.startswith("^") and name.endswith("$")) else name
 
 
 def fit(values: pl.LazyFrame, min_count: int = 1) -> pl.DataFrame:
@@ -28,7 +34,7 @@ def fit(values: pl.LazyFrame, min_count: int = 1) -> pl.DataFrame:
         values' UTF-8 bytes, so the same data always gives the same ids.
     """
     (name,) = values.collect_schema().names()
-    column = values.select(value=name)
+    column = values.select(value=exactly(name))
     if column.collect_schema()["value"] == pl.List(pl.String):
         column = column.explode("value").drop_nulls()  # polars 1 makes a null of an empty list
     counted = column.group_by("value").agg(pl.len().cast(pl.Int64).alias("count")).collect(engine="streaming")
@@ -49,11 +55,11 @@ def encode(rows: pl.LazyFrame, vocabularies: dict[str, pl.DataFrame]) -> pl.Lazy
     for name, vocabulary in vocabularies.items():
         # An Enum builds its hash table once for a whole stream; `replace` would build it for every batch.
         known = pl.Enum(vocabulary["value"].slice(1))
-        value = pl.element() if schema[name] == pl.List(pl.String) else pl.col(name)
+        value = pl.element() if schema[name] == pl.List(pl.String) else pl.col(exactly(name))
         position = value.cast(known, strict=False).to_physical().cast(pl.Int64)
         ids[name] = (position + 1).fill_null(0)
         if schema[name] == pl.List(pl.String):
-            ids[name] = pl.col(name).list.eval(ids[name])
+            ids[name] = pl.col(exactly(name)).list.eval(ids[name])
     return rows.with_columns(**ids)
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import Feature
 from embtab.methods import METHODS, PRECISIONS, Encoding, Spec, Table
 from embtab.methods.base import Solution
 from embtab.sizes import format_bytes
+from embtab.specs import by_feature, kinds_of, named, options_of, refuse_ambiguous
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,22 @@ def grouped(
     Raises:
         UserError: for an unknown method, option, precision or feature, or a feature without a method.
     """
-    if isinstance(method, str) or "name" in method:
+    space_of = {feature.name: feature.space for feature in features} | {space.name: space.name for space in spaces}
+    chosen_by = by_feature(method)
+    if chosen_by is None:
+        refuse_ambiguous(method, space_of)
         return [Group(*_read_spec(method, options, spec), spaces)]
     if options:
         raise UserError(f"options {', '.join(options)} need one method; give them inside the map instead")
-    space_of = {feature.name: feature.space for feature in features} | {space.name: space.name for space in spaces}
-    unknown = [name for name in method if name != "*" and name not in space_of]
+    unknown = [name for name in chosen_by if name != "*" and name not in space_of]
     if unknown:
         raise UserError(f"method names a feature {unknown[0]!r} that is not there; there are {', '.join(space_of)}")
-    chosen = {space_of[name]: own for name, own in method.items() if name != "*"}
+    chosen = {space_of[name]: own for name, own in chosen_by.items() if name in space_of}
     groups: dict[str, Group] = {}
     for space in spaces:
-        if space.name not in chosen and "*" not in method:
+        if space.name not in chosen and "*" not in chosen_by:
             raise UserError(f"method says nothing of feature {space.name!r}; name it or add '*' for the rest")
-        read = _read_spec(chosen.get(space.name, method.get("*")), {}, spec)
+        read = _read_spec(chosen.get(space.name, chosen_by.get("*")), {}, spec)
         key = str(read)
         members = groups[key].spaces if key in groups else ()
         groups[key] = Group(*read, (*members, space))
@@ -81,9 +82,8 @@ def grouped(
 
 def _read_spec(method: Any, options: Mapping[str, Any], spec: Spec) -> tuple[str, dict[str, Any], Spec]:
     """A method's name and options, checked against what its solver takes, and the spec with its own precision."""
-    if isinstance(method, Mapping):
-        options = {**{key: value for key, value in method.items() if key != "name"}, **options}
-        method = method.get("name")
+    method, own = named(method)
+    options = {**own, **options}
     if method not in METHODS:
         raise UserError(
             f"unknown method {method!r}; there are {', '.join(METHODS)}, and auto for all features together"
@@ -91,27 +91,14 @@ def _read_spec(method: Any, options: Mapping[str, Any], spec: Spec) -> tuple[str
     precision = options.get("precision", spec.precision)
     if precision not in PRECISIONS:
         raise UserError(f"method {method!r}: unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
-    known = _options(method)
+    known = options_of(method)
     chosen = {name: value for name, value in sorted(options.items()) if name != "precision"}
     for name, value in chosen.items():
         if name not in known:
             raise UserError(f"method {method!r} has no option {name!r}; it has {', '.join([*known, 'precision'])}")
         if type(value) not in known[name]:
-            kinds = " or ".join("null" if kind is NoneType else kind.__name__ for kind in known[name])
-            raise UserError(f"method {method!r}: option {name} must be {kinds}, got {value!r}")
+            raise UserError(f"method {method!r}: option {name} must be {kinds_of(known[name])}, got {value!r}")
     return method, chosen, dataclasses.replace(spec, precision=precision)
-
-
-def _options(method: str) -> dict[str, list[type]]:
-    """The options of a method's solver, and the types that each may have."""
-    solve = METHODS[method].solve
-    hints = get_type_hints(solve)
-    found = {}
-    for parameter in inspect.signature(solve).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            kinds = list(get_args(hints[parameter.name])) or [hints[parameter.name]]
-            found[parameter.name] = [*kinds, int] if float in kinds else kinds
-    return found
 
 
 def solve(groups: Sequence[Group], limit: int | None) -> tuple[dict[str, Encoding], list[Table]]:

@@ -14,9 +14,7 @@ from embtab.features import Feature, id_spaces
 from embtab.groups import grouped, solve
 from embtab.methods import METHODS, PRECISIONS, Encoding, Spec, Table
 from embtab.sizes import format_bytes, parse_bytes
-
-# "qr", or {"name": "qr", "op": "sum", "precision": "int8"} with options of the method and the precision of its rows.
-MethodSpec = str | Mapping[str, Any]
+from embtab.specs import MethodSpec, by_feature, named
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class Plan:
 
 def plan(
     features: Sequence[Feature],
-    method: MethodSpec | Mapping[str, MethodSpec] = "dense",
+    method: MethodSpec = "dense",
     budget: int | float | str | None = None,
     dim: int = 16,
     seed: int = 0,
@@ -178,9 +176,9 @@ def plan(
 
     Args:
         features: the model's categorical features.
-        method: a name from `METHODS`; `{"name": "qr", "op": "sum"}` to set options, among them "precision"; or a map
-            from feature names (or id spaces) to either, with `"*"` for the rest: `{"C1": "dense", "*": "qr"}`; or
-            "auto", see `embtab.auto`.
+        method: a name from `METHODS`, or "auto", see `embtab.auto`; `{"name": "qr", "op": "sum"}` to set options, among
+            them "precision"; or a map from feature names (or id spaces) to a method, with `"*"` for the rest:
+            `{"C1": "dense", "*": "qr"}`, or with `{"features": {...}}` around it, a map whatever features are called.
         budget: serving bytes: 8_000_000, "8MB", "8MiB", "0.1x" (of the dense tables); None for no limit.
         dim: D, the width of every vector.
         seed: changes every hash.
@@ -200,8 +198,8 @@ def plan(
     if precision is not None and precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
     limit = None if budget is None else parse_bytes(budget, _dense_bytes(spaces, dim))
-    if method == "auto":
-        return _auto(features, limit, dim, seed, precision, options)
+    if by_feature(method) is None and named(method)[0] == "auto":
+        return _auto(features, limit, dim, seed, precision, named(method)[1] | options)
     groups = grouped(spaces, features, method, options, Spec(dim, seed, precision or "fp32"))
     encodings, tables = solve(groups, limit)
     ordered = {space.name: encodings[space.name] for space in spaces}
@@ -224,18 +222,21 @@ def _check_hashed(spaces: Sequence[Feature], encodings: Mapping[str, Encoding]) 
 
 
 def _auto(
-    features: Sequence[Feature], limit: int | None, dim: int, seed: int, precision: str | None, options: Mapping
+    features: Sequence[Feature], limit: int | None, dim: int, seed: int, precision: str | None, options: dict[str, Any]
 ) -> Plan:
     """The first choice of the rule that is feasible."""
+    precision = options.pop("precision", precision)
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(f"method 'auto': unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if options:
         raise UserError(f"method 'auto' has no option {next(iter(options))!r}; it chooses methods and their options")
     *first, last = choices(id_spaces(features), limit, dim, precision)
     for choice in first:
         try:
-            return plan(features, choice, limit, dim, seed)
+            return plan(features, {"features": choice}, limit, dim, seed)
         except InfeasibleBudget:
             continue
-    return plan(features, last, limit, dim, seed)
+    return plan(features, {"features": last}, limit, dim, seed)
 
 
 def _dense_bytes(spaces: Sequence[Feature], dim: int) -> int:

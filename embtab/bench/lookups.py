@@ -43,7 +43,7 @@ class Tables:
 
 
 def make_tables(
-    name: str, case: Case, budget: str, optimizer: str, device: torch.device, precision: str = "fp32"
+    name: str, case: Case, budget: str, optimizer: str, device: torch.device, precision: str | None = None
 ) -> Tables:
     """Tables by name: "torchrec", "nn.EmbeddingBag", or a method of ours: "qr", "qr:op=sum", "hash@native+compiled".
 
@@ -53,7 +53,7 @@ def make_tables(
         budget: of a method that compresses.
         optimizer: fused into backward; outside, for nn.EmbeddingBag, SGD takes its place.
         device: where the tables live.
-        precision: of a method's rows in serving.
+        precision: of a method's rows in serving; None for fp32, and for what "auto" chooses.
 
     Raises:
         UserError: for a name that says none of these.

@@ -135,7 +135,7 @@ def _program(
     with tempfile.TemporaryDirectory() as scratch:
         if name == PLAIN and form != "quantised" and not precision:
             return _exported(PlainRanker(case, model).eval(), kind, case, Path(scratch))  # type: ignore[arg-type]
-        tables = make_tables(name, case, budget, optimizer, torch.device("cpu"), precision or "fp32")
+        tables = make_tables(name, case, budget, optimizer, torch.device("cpu"), precision or None)
         if not isinstance(tables.module, EmbeddingBagCollection):
             raise UserError(f"arm {name}@{form}: only a method of embtab is served so")
         save(tables.module, Path(scratch) / "bundle")

@@ -253,8 +253,7 @@ def _import(arguments: argparse.Namespace) -> None:
     features = features_of(weights, arguments.data)
     dim = next(iter(weights.values())).shape[1]
     options = dict(read_option(text) for text in arguments.option)
-    precision = arguments.precision or "fp32"
-    planned = plan(features, arguments.method, arguments.budget, dim, arguments.seed, precision, **options)
+    planned = plan(features, arguments.method, arguments.budget, dim, arguments.seed, arguments.precision, **options)
     print(planned.describe())
     tables = from_dense(weights, planned)
     quality = _quality(arguments.quality)

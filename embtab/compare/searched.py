@@ -15,14 +15,14 @@ from typing import Any
 import embtab.learned
 from embtab.compare.sweep import Cell, Sweep
 from embtab.compare.train import MeasuredTask, make_trainer, measured, quieten
-from embtab.planning import MethodSpec
+from embtab.specs import MethodSpec, by_feature, named
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
 
 
 def is_learned(method: MethodSpec) -> bool:
     """Whether a method of a sweep is one of `embtab.learned.LEARNED`."""
-    return (method if isinstance(method, str) else method.get("name")) in embtab.learned.LEARNED
+    return by_feature(method) is None and named(method)[0] in embtab.learned.LEARNED
 
 
 def search_key(sweep: Sweep, cell: Cell) -> str:

@@ -14,7 +14,8 @@ import yaml
 
 from embtab.errors import UserError
 from embtab.methods import METHODS
-from embtab.planning import MethodSpec, Plan
+from embtab.planning import Plan
+from embtab.specs import MethodSpec, by_feature, named
 
 
 @dataclass(frozen=True)
@@ -100,20 +101,20 @@ class Cell:
 
 def _chooses_precision(method: MethodSpec) -> bool:
     """Whether the precision is the method's to say: of `auto`, and where its options name one."""
-    if isinstance(method, str):
-        return method == "auto"
-    if "name" in method:
-        return method["name"] in METHODS and "precision" in method
-    return any(not isinstance(each, str) and "precision" in each for each in method.values())
+    chosen_by = by_feature(method)
+    if chosen_by is not None:
+        return any("precision" in named(each)[1] for each in chosen_by.values())
+    name, options = named(method)
+    return name == "auto" or (name in METHODS and "precision" in options)
 
 
 def label(method: MethodSpec) -> str:
     """A method's name with its options."""
-    if isinstance(method, str):
-        return method
-    if "name" not in method:
-        return " ".join(f"{feature}:{label(spec)}" for feature, spec in method.items())
-    return " ".join([method["name"], *(f"{key}={value}" for key, value in method.items() if key != "name")])
+    chosen_by = by_feature(method)
+    if chosen_by is not None:
+        return " ".join(f"{feature}:{label(spec)}" for feature, spec in chosen_by.items())
+    name, options = named(method)
+    return " ".join([str(name), *(f"{key}={value}" for key, value in options.items())])
 
 
 def cell_key(sweep: Sweep, plan: Plan, fingerprint: str, seed: int) -> str:

@@ -11,7 +11,7 @@ from embtab.learned.magnitude import Magnitude
 from embtab.learned.method import Learned
 from embtab.learned.optembed import OptEmbed
 from embtab.learned.pep import PEP
-from embtab.planning import MethodSpec
+from embtab.specs import MethodSpec, named
 
 LEARNED: dict[str, type[Learned]] = {
     "magnitude": Magnitude,
@@ -27,8 +27,7 @@ def make(method: MethodSpec) -> Learned:
     Raises:
         UserError: for an unknown name or option, or a value of the wrong kind.
     """
-    options: dict[str, Any] = {} if isinstance(method, str) else {k: v for k, v in method.items() if k != "name"}
-    name = method if isinstance(method, str) else method.get("name")
+    name, options = named(method)
     if name not in LEARNED:
         raise UserError(f"unknown learned method {name!r}; there are {', '.join(LEARNED)}")
     kinds = {each.name: type(each.default) for each in dataclasses.fields(LEARNED[name])}  # type: ignore[arg-type]

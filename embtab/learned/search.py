@@ -25,7 +25,8 @@ from embtab.learned.registry import make
 from embtab.learned.stages import State
 from embtab.learned.supernet import Gate, Masked, joined
 from embtab.learned.training import Training, measure
-from embtab.planning import MethodSpec, Plan
+from embtab.planning import Plan
+from embtab.specs import MethodSpec
 
 
 @dataclass

@@ -47,6 +47,7 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
         raise _missing() from None
     program = captured(module, example)
     _named_shifts(program)
+    program.example_inputs = None  # else torch writes checks of the inputs by name, which quotes in a name break
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -168,7 +168,7 @@ class FitSequenceTask(SequenceTask):
         budget: serving bytes, such as "8MB" or "0.1x" (of the dense tables); no limit if null.
         dim: width of every embedding.
         seed: of the hashes.
-        precision: of the served rows.
+        precision: of the served rows: fp32, fp16, int8 or int4; null for fp32, and for what method "auto" chooses.
         attention: settings of tables of their own for the attention: method, budget, dim, seed, precision, init_std.
             One set of tables serves both if null.
         leave_out: features that are not used, such as the user.
@@ -193,7 +193,7 @@ class FitSequenceTask(SequenceTask):
         budget: int | str | None = None,
         dim: int = 16,
         seed: int = 0,
-        precision: str = "fp32",
+        precision: str | None = None,
         attention: dict[str, Any] | None = None,
         leave_out: list[str] | None = None,
         backend: str = "fbgemm",
