@@ -147,9 +147,7 @@ def stored_tensors(table: Table, rows: Tensor) -> dict[str, Tensor]:
     if table.precision == "fp16":
         return {f"rows.{table.name}": rows.half()}
     bits = PRECISIONS[table.precision].bits
-    stored, scales, offsets = (
-        quantise(rows, bits) if len(rows) else (rows.to(torch.uint8), *rows.new_empty(2, 0).half())
-    )
+    stored, scales, offsets = quantise(rows, bits)
     if bits == 4:
         padded = torch.nn.functional.pad(stored, (0, stored.shape[1] % 2))
         stored = padded[:, ::2] | padded[:, 1::2] << 4

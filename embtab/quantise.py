@@ -1,9 +1,14 @@
 """Rows as they are served: float16, or 8- and 4-bit integers with a float16 scale and offset per row.
 
-Row-wise affine quantisation: x is stored as q = round((x - offset) / scale), read back as q * scale + offset, where
-offset is the smallest entry of the row and scale its range over 2^bits - 1. Both are rounded to float16 *before* q is
-chosen, so that what is read back is the nearest the stored numbers allow; the error is at most half a scale, plus what
-float16 takes from the offset's own precision.
+Row-wise affine quantisation: x is stored as q = round((x - offset) / scale) and read back as q * scale + offset. The
+offset is the smallest entry of the row, and the scale what is left of its range over 2^bits - 1. Both are rounded to
+float16 *before* q is chosen, the offset down and the scale up, so that every entry lies between the ends of the grid:
+
+    |error| <= scale / 2,    scale <= (largest - smallest entry + step(offset)) / (2^bits - 1) + step(scale)
+
+where step is the distance between neighbouring float16 numbers: 2^-10 of the number or less, and never less than 2^-24.
+(Float32 adds roundings of its own, some 2^-23 of the largest entry.) Where rounding both to the nearest instead gives a
+row a smaller largest error, as it does for rows that come from such a grid already, the row is stored so.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ import torch
 from torch import Tensor
 
 _LARGEST = torch.finfo(torch.float16).max
+CHUNK = 2**16
+"""Rows that are quantised in one go, so that what it takes beside them stays small."""
 
 
 def quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,11 +36,37 @@ def quantise(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not bool((rows.abs() <= _LARGEST).all()):  # also false for NaN
         raise ValueError(f"rows hold an entry that is not finite or beyond {_LARGEST:.0f}, the largest float16")
-    levels = 2**bits - 1
+    q = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    scales, offsets = rows.new_empty(2, len(rows), dtype=torch.float16)
+    for first in range(0, len(rows), CHUNK):
+        part = slice(first, first + CHUNK)
+        q[part], scales[part], offsets[part] = _better(rows[part], 2**bits - 1)
+    return q, scales, offsets
+
+
+def _better(rows: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row as the rounding stores it that has the smaller largest error."""
     low, high = rows.min(dim=1).values, rows.max(dim=1).values
-    offsets = low.half()
-    # From the rounded offset, so that the largest entry is still reached; a flat row gets scale 0 and q 0.
-    scales = ((high - offsets.float()).clamp(min=0) / levels).half()
+    floor, nearest = _half_below(low), low.half()
+    outward = _stored(rows, levels, -_half_below((floor.float() - high) / levels), floor)
+    inward = _stored(rows, levels, ((high - nearest.float()).clamp(min=0) / levels).half(), nearest)
+    worst = [(dequantise(*each) - rows).abs().amax(dim=1) for each in (outward, inward)]
+    chosen = worst[0] <= worst[1]
+    return (
+        torch.where(chosen.unsqueeze(1), outward[0], inward[0]),
+        torch.where(chosen, outward[1], inward[1]),
+        torch.where(chosen, outward[2], inward[2]),
+    )
+
+
+def _half_below(x: Tensor) -> Tensor:
+    """The largest float16 at or below each number."""
+    near = x.half()
+    return torch.where(near.float() > x, torch.nextafter(near, torch.full_like(near, -torch.inf)), near)
+
+
+def _stored(rows: Tensor, levels: int, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The integers that scales and offsets give; a scale of 0 gives q 0."""
     safe = torch.where(scales > 0, scales.float(), 1.0).unsqueeze(1)
     q = ((rows - offsets.float().unsqueeze(1)) / safe).round().clamp(0, levels)
     return torch.where(scales.unsqueeze(1) > 0, q, 0).to(torch.uint8), scales, offsets
