@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.sharding.cost import device_bytes, sizes_traffic, slot_traffic
 from embtab.sharding.traffic import measured
 

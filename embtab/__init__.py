@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
     from embtab.errors import InfeasibleBudget
     from embtab.features import Feature, read_features
+    from embtab.fused import FusedOptimizer, Optimizer, outer_parameters, with_tables
     from embtab.importing import from_dense
-    from embtab.lookup import Optimizer
     from embtab.methods import METHODS
     from embtab.planning import Plan, plan
     from embtab.sharding.strategy import TorchRecStrategy
@@ -55,15 +55,18 @@ _HOMES = {
     "Feature": "embtab.features",
     "InfeasibleBudget": "embtab.errors",
     "METHODS": "embtab.methods",
-    "Optimizer": "embtab.lookup",
+    "FusedOptimizer": "embtab.fused",
+    "Optimizer": "embtab.fused",
     "Plan": "embtab.planning",
     "RankingTask": "embtab.training.task",
     "TorchRecStrategy": "embtab.sharding.strategy",
     "from_dense": "embtab.importing",
     "load": "embtab.bundle",
+    "outer_parameters": "embtab.fused",
     "plan": "embtab.planning",
     "read_features": "embtab.features",
     "save": "embtab.bundle",
+    "with_tables": "embtab.fused",
 }
 
 __all__ = [
@@ -72,6 +75,7 @@ __all__ = [
     "EmbeddingBagCollection",
     "EmbeddingCollection",
     "Feature",
+    "FusedOptimizer",
     "InfeasibleBudget",
     "Optimizer",
     "Plan",
@@ -79,9 +83,11 @@ __all__ = [
     "TorchRecStrategy",
     "from_dense",
     "load",
+    "outer_parameters",
     "plan",
     "read_features",
     "save",
+    "with_tables",
 ]
 
 

@@ -17,40 +17,37 @@ from embtab.features import Feature
 from embtab.lookup import Lookup, Request, slot
 from embtab.methods import Encoding
 from embtab.planning import Plan
-from embtab.state import NamedState
+from embtab.state import NamedState, Place, at, planted
 
 
 class Arrays(NamedState):
-    """The arrays that encodings have beside their tables: trained ones are parameters, integer ones are buffers."""
+    """The arrays that encodings have beside their tables: trained ones are parameters, integer ones are buffers.
+
+    They are called "space.name", and those that only training needs "space.name.training".
+    """
 
     def __init__(self, encodings: Mapping[str, Encoding], device: torch.device | str) -> None:
         super().__init__()
-        self.places: dict[str, dict[str, str]] = {}
-        """By id space, the attribute that holds each array."""
-        count = 0
-        self.saved: dict[bool, dict[str, str]] = {True: {}, False: {}}
+        self.places: dict[str, dict[str, Place]] = {space: {} for space in encodings}
+        self.saved: dict[bool, dict[str, Place]] = {True: {}, False: {}}
         for space, encoding in encodings.items():
             for name, array in encoding.arrays().items():
-                place, count = f"array{count}", count + 1
-                self.places.setdefault(space, {})[name] = place
-                self.saved[array.serving][f"{space}.{name}" if array.serving else f"{space}.{name}.training"] = place
                 value = torch.zeros(array.shape, dtype=getattr(torch, array.dtype), device=device)
-                if array.dtype == "float32":
-                    self.register_parameter(place, nn.Parameter(value))
-                else:
-                    self.register_buffer(place, value)
+                called = f"{space}.{name}" if array.serving else f"{space}.{name}.training"
+                place = planted(self, called, nn.Parameter(value) if array.dtype == "float32" else value)
+                self.places[space][name] = self.saved[array.serving][called] = place
 
     def of(self, space: str) -> dict[str, Tensor]:
         """The arrays of one id space, by name."""
-        return {name: getattr(self, place) for name, place in self.places.get(space, {}).items()}
+        return {name: at(place) for name, place in self.places[space].items()}
 
     def named_state(self) -> dict[str, Tensor]:
-        """The arrays that serving needs, as "space.name"."""
-        return {name: getattr(self, place).detach() for name, place in self.saved[True].items()}
+        """The arrays that serving needs."""
+        return {name: at(place).detach() for name, place in self.saved[True].items()}
 
     def optional_state(self) -> dict[str, Tensor]:
-        """The arrays that only training needs, as "space.name.training"; without them, counting starts anew."""
-        return {name: getattr(self, place) for name, place in self.saved[False].items()}
+        """The arrays that only training needs; without them, counting starts anew."""
+        return {name: at(place) for name, place in self.saved[False].items()}
 
     def is_optional(self, name: str) -> bool:
         """Whether it is an array that only training needs."""

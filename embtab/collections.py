@@ -13,8 +13,10 @@ vectors instead of N. Where it is not (a product), each id is combined before ba
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +30,9 @@ from embtab.cut import Cut
 from embtab.drawing import Draw, generator
 from embtab.errors import UserError
 from embtab.features import Feature
+from embtab.fused import FusedOptimizer, Optimizer
 from embtab.hashing import seed_of
-from embtab.lookup import Lookup, Optimizer, Request, make_lookup
+from embtab.lookup import Lookup, Request, make_lookup
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
@@ -154,13 +157,56 @@ class Collection(nn.Module):
             except ValueError as error:
                 raise UserError(f"table {name!r} cannot be served in {table.precision}: {error}") from None
 
+    @property
+    def fused_optimizer(self) -> FusedOptimizer:
+        """The optimizer that backward applies to the tables: its group's learning rate is that of the next backward.
+
+        Schedulers may drive it; `et.with_tables` joins it to another optimizer. `requires_grad_(False)` freezes tables.
+
+        Raises:
+            UserError: for the torch backend, whose optimizer is outside.
+        """
+        if self.lookup.fused is None:
+            raise UserError("the torch backend has no optimizer of its own; set the learning rate of yours")
+        return self.lookup.fused
+
     def set_learning_rate(self, lr: float) -> None:
         """Changes the table optimizer's learning rate; not for the torch backend, whose optimizer is outside.
 
         Raises:
-            UserError: for the torch backend.
+            UserError: for the torch backend, or a rate that is negative or not finite.
         """
-        self.lookup.set_learning_rate(lr)
+        self.fused_optimizer.set_learning_rate(lr)
+
+    def get_extra_state(self) -> Tensor:
+        """Uint8, JSON: the plan's digest, and the learning rate of fused tables."""
+        facts: dict[str, Any] = {"plan": self.plan.digest}
+        if self.lookup.fused is not None:
+            facts |= {"lr": self.lookup.fused.settings.lr, "first_lr": self.lookup.fused.defaults["lr"]}
+        return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Makes sure that saved tables belong to this plan, and goes on with the learning rate they had.
+
+        A collection that was made with another learning rate than the saved one keeps its own.
+
+        Raises:
+            UserError: when they belong to another plan.
+        """
+        facts = json.loads(bytes(state.tolist()))
+        if facts["plan"] != self.plan.digest:
+            raise UserError(
+                "the saved tables belong to another plan (features, methods, rows, dim or seed differ): ids would find "
+                "other rows; make the collection from the plan they were trained with"
+            )
+        fused = self.lookup.fused
+        if fused is not None and facts.get("first_lr") == fused.defaults["lr"]:
+            fused.set_learning_rate(facts["lr"])
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        missing: list[str] = args[2]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing[:] = [key for key in missing if key != f"{prefix}_extra_state"]  # whole tables alone may be given
 
     def compile_rows(self) -> None:
         """Fuses the integer arithmetic from ids to rows by torch.compile, for long bags and GPUs; no bit changes.

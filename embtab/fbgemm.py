@@ -10,15 +10,19 @@ the same bit by bit; updates differ by roundings of the last place.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from embtab.lookup import Optimizer, SummingLookup, padded
+from embtab.fused import FusedOptimizer, Optimizer
+from embtab.lookup import SummingLookup, padded
 from embtab.methods import Table
 
 FEW_THREADS = 4
@@ -28,24 +32,34 @@ FEW_THREADS = 4
 class FbgemmLookup(SummingLookup):
     """fbgemm's table-batched lookups with the optimizer fused into backward; fastest, and no gradient is ever stored.
 
-    The tables are no torch parameters: `parameters()` does not list them, and no outer optimizer can touch them.
-    fbgemm wants widths in multiples of 4, so narrower rows are padded while training (not in what is saved); row-wise
-    Adagrad then averages squares over the padded width.
+    fbgemm wants widths in multiples of 4, so narrower rows are padded while training (not in what is saved). Its
+    row-wise Adagrad averages squares over the padded width Wp: gradients times sqrt(Wp / W), and a learning rate times
+    sqrt(W / Wp), make the moments and the step those of the definition.
+
+    Args:
+        tables: the physical tables.
+        device: where they live.
+        fused: what backward does with the rows that were read.
     """
 
-    def __init__(self, tables: Sequence[Table], device: torch.device | str, optimizer: Optimizer) -> None:
-        super().__init__(tables)
-        self.optimizer = optimizer
+    fused: FusedOptimizer
+
+    def __init__(self, tables: Sequence[Table], device: torch.device | str, fused: FusedOptimizer) -> None:
+        super().__init__(tables, fused)
         self.device = torch.device(device)
         self._kernels = self._made(self.device)
+        self.list_tables()
 
     def _made(self, device: torch.device) -> dict[int, Any]:
         """One table-batched kernel per width, all rows zero."""
-        self._two_features = device.type == "cpu" and self.optimizer.name == "rowwise_adagrad" and _loop_is_quicker()
-        sizes = self.stacked_rows.items()
+        settings = self.optimizer
+        self._told = dict.fromkeys(self.stacked_rows, settings.lr)
+        self._two_features = device.type == "cpu" and settings.name == "rowwise_adagrad" and _loop_is_quicker()
         return {
-            width: make_kernel(rows, padded(width), self.optimizer, device, 1 + self._two_features)
-            for width, rows in sizes
+            width: make_kernel(
+                rows, padded(width), replace(settings, lr=self._kernel_lr(width)), device, 1 + self._two_features
+            )
+            for width, rows in self.stacked_rows.items()
         }
 
     def stack(self, width: int) -> Tensor:
@@ -58,35 +72,125 @@ class FbgemmLookup(SummingLookup):
         if torch.is_inference_mode_enabled():  # which the training kernel does not know
             with torch.inference_mode(False), torch.no_grad():
                 return self.sum_bags(width, rows, offsets, weights)
+        trained = [parameter.requires_grad for parameter in self.listed_of(width)]
+        if not (self.training and any(trained)):
+            sums = self._untrained(width, rows, offsets, weights)
+            # In evaluation backward passes as ever, and changes no table.
+            return sums.requires_grad_() if any(trained) and torch.is_grad_enabled() and sums.is_leaf else sums
+        settings = self.optimizer
+        self._tell(width, settings.lr)
+        bags = len(rows) if offsets is None else len(offsets) - 1
+        frozen = None if all(trained) else self._frozen_rows(width, rows, trained)
+        if settings.weight_decay and torch.is_grad_enabled():
+            each = (rows if frozen is None else rows[~frozen]).unique()
+            rows, offsets, weights = _with_bags_of_one(rows, offsets, weights, each)
         sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows, offsets, weights)
-        return sums if width == padded(width) else sums[:, :width]
+        sums = without_padding(sums, width, settings, bags)
+        if frozen is not None and sums.requires_grad:  # all rows of a bag are of one table
+            bags_frozen = frozen if offsets is None else F.pad(frozen, (0, 1))[offsets[:bags]]
+            sums = torch.where(bags_frozen.unsqueeze(1), sums.detach(), sums)
+        return sums
+
+    def _untrained(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Sums of rows that stay as they are; weights get their gradient."""
+        if weights is None or not weights.requires_grad:
+            with torch.no_grad():
+                sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows, offsets, weights)
+                return sums[:, :width]
+        offsets = torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets
+        matrix = self.stack(width)
+        return F.embedding_bag(rows, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+    def _frozen_rows(self, width: int, rows: Tensor, trained: Sequence[bool]) -> Tensor:
+        """Bool [N]: which rows are of tables that are frozen."""
+        ends = torch.tensor([len(each) for each in self.listed_of(width)], device=rows.device).cumsum(0)
+        frozen: Tensor = ~torch.tensor(trained, device=rows.device)[torch.bucketize(rows, ends, right=True)]
+        return frozen
+
+    def _kernel_lr(self, width: int) -> float:
+        return self.optimizer.lr / scale_of(self.optimizer, width)
+
+    def _tell(self, width: int, lr: float) -> None:
+        """Hands a changed learning rate to the kernel."""
+        if self._told[width] != lr:
+            self._kernels[width].set_learning_rate(self._kernel_lr(width))
+            self._told[width] = lr
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Second moments: [num_rows] for rowwise_adagrad, [num_rows, W] for adagrad, nothing for sgd."""
-        if self.optimizer.name == "sgd":
+        name = self.optimizer.name
+        if name == "sgd":
             return {}
         states = {}
-        for name, table in self.tables.items():
+        for table in self.tables.values():
             moments = self._kernels[table.width].split_optimizer_states()[0][0].detach()
-            if self.optimizer.name == "adagrad":
+            if name == "adagrad":
                 moments = moments.view(-1, padded(table.width))[:, : table.width]
-            states[name] = moments[self.base[name] : self.base[name] + table.num_rows]
+            states[table.name] = moments[self.base[table.name] : self.base[table.name] + table.num_rows]
         return states
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Changes the learning rate of all tables from the next backward on."""
-        for kernel in self._kernels.values():
-            kernel.set_learning_rate(lr)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FbgemmLookup:
         """Follows `.to(device)`: the kernel is made anew there, and tables and optimizer state are copied."""
-        super()._apply(fn, recurse)
         device = fn(torch.empty(0, device=self.device)).device
         if device != self.device:
             state = self.state_dict()
             self.device, self._kernels = device, self._made(device)
+            self.relist()
             self.load_state_dict(state)
         return self
+
+
+def without_padding(sums: Tensor, width: int, settings: Optimizer, bags: int | None = None) -> Tensor:
+    """The sums [B, W] of a table, whose gradients reach the kernel as its optimizer wants them.
+
+    Args:
+        sums: float32 [B + U, Wp], of a kernel; the last U are rows, each distinct one of the batch, that decay.
+        width: W.
+        settings: of the optimizer.
+        bags: B; all of the sums if None.
+    """
+    bags = len(sums) if bags is None else bags
+    if sums.shape == (bags, width) and settings.max_gradient is None:
+        return sums
+    return _Outside.apply(sums, width, bags, settings)  # type: ignore[no-any-return]
+
+
+def scale_of(settings: Optimizer, width: int) -> float:
+    """What gradients are multiplied by, so that the mean of squares over a padded row is that over the row."""
+    return math.sqrt(padded(width) / width) if settings.name == "rowwise_adagrad" else 1.0
+
+
+class _Outside(torch.autograd.Function):
+    """What stands between the kernel's sums [B + U, Wp] and ours [B, W]: padding, clamped gradients, weight decay.
+
+    The last U sums are the rows of the batch, each once, whose gradient is the weight decay.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, width: int, bags: int, settings: Optimizer) -> Tensor:
+        ctx.shape, ctx.width, ctx.bags, ctx.settings = sums.shape, width, bags, settings
+        ctx.save_for_backward(sums[bags:])
+        return sums[:bags, :width].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (each_row,) = ctx.saved_tensors
+        most = ctx.settings.max_gradient
+        padded_gradient = gradient.new_zeros(ctx.shape)
+        padded_gradient[: ctx.bags, : ctx.width] = gradient if most is None else gradient.clamp(-most, most)
+        padded_gradient[ctx.bags :] = each_row * ctx.settings.weight_decay
+        return padded_gradient.mul_(scale_of(ctx.settings, ctx.width)), None, None, None
+
+
+def _with_bags_of_one(
+    rows: Tensor, offsets: Tensor | None, weights: Tensor | None, further: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A lookup and, after its bags, a bag for each of some further rows."""
+    offsets = torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets
+    ends = torch.arange(1, len(further) + 1, device=rows.device, dtype=offsets.dtype) + offsets[-1]
+    weights = None if weights is None else torch.cat([weights, weights.new_ones(len(further))])
+    return torch.cat([rows, further]), torch.cat([offsets, ends]), weights
 
 
 def make_kernel(num_rows: int, width: int, optimizer: Optimizer, device: torch.device, features: int) -> Any:

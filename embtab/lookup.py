@@ -15,9 +15,10 @@ Further backends are in `embtab.fbgemm`, `embtab.native` and, where tables are s
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,32 +27,10 @@ from torch import Tensor, nn
 
 from embtab.drawing import Draw
 from embtab.errors import UserError
+from embtab.fused import FusedOptimizer, Optimizer
 from embtab.methods import Encoding, Table
 from embtab.methods.base import LiveTable
-from embtab.state import NamedState
-
-OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """The optimizer that the fbgemm and native backends apply to their tables inside backward.
-
-    Args:
-        name: "sgd"; "adagrad" (a second moment per entry); or "rowwise_adagrad" (one per row: the mean of squares).
-        lr: learning rate.
-        eps: added to the root of the second moment; unused by sgd.
-    """
-
-    name: str = "rowwise_adagrad"
-    lr: float = 0.05
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise UserError(f"table optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.name!r}")
-        if not self.lr >= 0:
-            raise UserError(f"table optimizer: lr must be zero or more, got {self.lr!r}")
+from embtab.state import NamedState, Place, at, planted
 
 
 @dataclass(frozen=True)
@@ -103,15 +82,28 @@ class Lookup(NamedState):
 
     Attributes:
         base: what to add to a row of a table, by the table's name.
+        fused: the optimizer applied inside backward; None where the tables' optimizer is outside.
         joins: whether the lookup makes vectors of several rows itself, and rows of ids by `placed_rows`.
     """
 
     joins: ClassVar[bool] = False
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[Table], fused: FusedOptimizer | None = None) -> None:
         super().__init__()
         self.tables = {table.name: table for table in tables}
         self.base = dict.fromkeys(self.tables, 0)
+        self.fused = fused
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The numbers of the fused optimizer as they are now.
+
+        Raises:
+            UserError: where the optimizer is outside.
+        """
+        if self.fused is None:
+            raise UserError("the torch backend has no optimizer of its own; set the learning rate of yours")
+        return self.fused.settings
 
     @abstractmethod
     def forward(self, requests: Sequence[Request]) -> list[Tensor]:
@@ -146,8 +138,18 @@ class Lookup(NamedState):
             self.table(name).copy_(draw.rows(name, 0, table.num_rows))
 
     def hand_over(self, other: Lookup) -> None:
-        """Gives another lookup, with the same tables, the values in them."""
+        """Gives another lookup, with the same tables, the values in them, and which of them are frozen."""
         other.load_state_dict(self.state_dict())
+        other.freeze(self.frozen())
+
+    def frozen(self) -> set[str]:
+        """The names of the tables that backward leaves as they are."""
+        return set()
+
+    def freeze(self, names: set[str]) -> None:
+        """From now on backward leaves these tables as they are."""
+        if names:
+            raise UserError(f"{type(self).__name__} has no tables to freeze")
 
     def everyones(self, ids: Tensor) -> Tensor:
         """The ids [N] of a batch; where several processes train these tables together, the ids of all."""
@@ -157,14 +159,6 @@ class Lookup(NamedState):
         """Lets an adaptive method change its tables, and its arrays by name, in place."""
         moments = self.optimizer_state()
         encoding.adapt({n: LiveTable(self.table(n), moments.get(n)) for n in encoding.tables}, arrays, generator)
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Changes the learning rate of all tables from the next backward on.
-
-        Raises:
-            UserError: where the optimizer is outside.
-        """
-        raise UserError("the torch backend has no optimizer of its own; change the learning rate of yours")
 
     def named_state(self) -> dict[str, Tensor]:
         """The tables."""
@@ -180,10 +174,16 @@ class Lookup(NamedState):
 
 
 class StackedLookup(Lookup):
-    """Tables stacked by width."""
+    """Tables stacked by width.
 
-    def __init__(self, tables: Sequence[Table]) -> None:
-        super().__init__(tables)
+    Each table is listed as a parameter, a view of its rows in the stack: `requires_grad_(False)` freezes it, and what
+    averages, counts or copies the parameters of a module sees it. A fused table's `grad` is always None.
+    """
+
+    def __init__(self, tables: Sequence[Table], fused: FusedOptimizer | None = None) -> None:
+        super().__init__(tables, fused)
+        self.listed: dict[str, nn.Parameter] = {}
+        self.places: dict[str, Place] = {}
         self.stacked_rows: dict[int, int] = {}
         for table in tables:
             self.base[table.name] = self.stacked_rows.get(table.width, 0)
@@ -197,6 +197,43 @@ class StackedLookup(Lookup):
         """A part of the matrix."""
         table = self.tables[name]
         return self.stack(table.width)[self.base[name] : self.base[name] + table.num_rows]
+
+    def list_tables(self) -> None:
+        """Lists the tables as parameters, once the stacks are there."""
+        for name in self.tables:
+            self.listed[name] = nn.Parameter(self.table(name))
+            self.places[name] = planted(self, name, self.listed[name])
+
+    def relist(self) -> None:
+        """Lets the parameters be views of the stacks again, once these were made anew."""
+        for name, parameter in self.listed.items():
+            parameter.data = self.table(name)
+
+    def listed_of(self, width: int) -> list[nn.Parameter]:
+        """The parameters of the tables of a width, in the order in which they are stacked."""
+        return [parameter for name, parameter in self.listed.items() if self.tables[name].width == width]
+
+    def frozen(self) -> set[str]:
+        """The names of the tables that backward leaves as they are."""
+        return {name for name, parameter in self.listed.items() if not parameter.requires_grad}
+
+    def freeze(self, names: set[str]) -> None:
+        """From now on backward leaves these tables as they are."""
+        for name in names:
+            self.listed[name].requires_grad_(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the parameters: copies of views would be no views of the copied stacks."""
+        listed = {name: (each.requires_grad, each.grad) for name, each in self.listed.items()}
+        return self.__dict__ | {"_parameters": {}, "_modules": {}, "places": {}, "listed": listed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        flags, self.listed = self.listed, {}
+        self.list_tables()
+        for name, (requires_grad, gradient) in flags.items():  # type: ignore[misc]
+            self.listed[name].requires_grad_(requires_grad)
+            self.listed[name].grad = gradient
 
 
 class SummingLookup(StackedLookup):
@@ -250,18 +287,28 @@ class TorchLookup(SummingLookup):
     def __init__(self, tables: Sequence[Table], device: torch.device | str, sparse: bool = False) -> None:
         super().__init__(tables)
         self.sparse = sparse
-        for width, rows in self.stacked_rows.items():
-            self.register_parameter(f"width{width}", nn.Parameter(torch.zeros(rows, width, device=device)))
+        self._stacks = {width: torch.zeros(rows, width, device=device) for width, rows in self.stacked_rows.items()}
+        self.list_tables()
 
     def stack(self, width: int) -> Tensor:
-        """The parameter of this width, detached."""
-        return self.get_parameter(f"width{width}").detach()
+        """The matrix of this width."""
+        return self._stacks[width]
+
+    def matrix(self, width: int) -> Tensor:
+        """The same, through which gradients reach the parameters."""
+        parameters = [at(self.places[name]) for name, table in self.tables.items() if table.width == width]
+        if len(parameters) == 1:
+            return parameters[0]
+        if torch.compiler.is_compiling() or not _side_by_side(parameters, self._stacks[width]):
+            return torch.cat(parameters)  # torch.func has put other tensors in their place
+        matrix: Tensor = _Stacked.apply(self._stacks[width], *parameters)
+        return matrix
 
     def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
         """Sums by torch's own embedding bag."""
         return F.embedding_bag(
             rows,
-            self.get_parameter(f"width{width}"),
+            self.matrix(width),
             torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets,
             mode="sum",
             sparse=self.sparse,
@@ -272,6 +319,52 @@ class TorchLookup(SummingLookup):
     def optimizer_state(self) -> dict[str, Tensor]:
         """Empty: the optimizer is the user's."""
         return {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TorchLookup:
+        """Follows `.to(...)`: the stacks move, and the parameters stay views of them."""
+        self._stacks = {width: fn(stack) for width, stack in self._stacks.items()}
+        self.relist()
+        for parameter in self.listed.values():
+            if parameter.grad is not None:
+                parameter.grad = fn(parameter.grad)
+        return self
+
+
+def _side_by_side(parameters: Sequence[Tensor], stack: Tensor) -> bool:
+    """Whether parameters are the rows of a stack, one after the other."""
+    at = stack.data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != at or parameter.dtype != stack.dtype:
+            return False
+        at += parameter.numel() * parameter.element_size()
+    return True
+
+
+class _Stacked(torch.autograd.Function):
+    """Parameters that lie side by side, as one matrix without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.sizes = [len(parameter) for parameter in parameters]
+        return stack.view_as(stack)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(_split_sparse if gradient.is_sparse else torch.split)(gradient, ctx.sizes)
+
+
+def _split_sparse(gradient: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """A sparse matrix [R, W] cut into so many rows each."""
+    gradient = gradient.coalesce()
+    rows, values = gradient.indices()[0], gradient.values()
+    starts = torch.tensor([0, *sizes]).cumsum(0).to(rows.device)
+    ends = torch.searchsorted(rows, starts).tolist()
+    parts = zip(starts.tolist(), sizes, pairwise(ends), strict=False)
+    return tuple(
+        torch.sparse_coo_tensor(rows[a:b].unsqueeze(0) - start, values[a:b], (size, values.shape[1]))
+        for start, size, (a, b) in parts
+    )
 
 
 def padded(width: int) -> int:
@@ -290,12 +383,12 @@ def make_lookup(
     if backend == "fbgemm":
         from embtab.fbgemm import FbgemmLookup
 
-        return FbgemmLookup(tables, device, optimizer or Optimizer())
+        return FbgemmLookup(tables, device, FusedOptimizer(optimizer or Optimizer()))
     if backend == "native":
         from embtab.native import NativeLookup, check_device
 
         check_device(torch.device(device))
-        return NativeLookup(tables, optimizer or Optimizer())
+        return NativeLookup(tables, FusedOptimizer(optimizer or Optimizer()))
     if backend == "torch":
         if optimizer is not None:
             raise UserError("the torch backend has no optimizer of its own; give tables.parameters() to a torch one")

@@ -51,6 +51,7 @@ struct Tables {
   int64_t optimizer;
   float lr;
   float eps;
+  float weight_decay;
 };
 
 namespace {
@@ -531,6 +532,7 @@ class Update {
       for (int64_t slot = 0; slot < count; slot++) {
         if (slot + AHEAD < count) ask_for_step(tables, rows[slot + AHEAD], width);
         float *sum = sums + (by_row ? rows[slot] : slot) * int64_t{width};
+        if (tables.weight_decay != 0) add(sum, tables.rows + rows[slot] * int64_t{width}, tables.weight_decay, width);
         step(tables, rows[slot], sum, width);
         std::fill_n(sum, int64_t{width}, 0.0f);  // for the next batch
       }

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +33,8 @@ from torch import Tensor
 
 from embtab.compiler import build, in_large_pages, together
 from embtab.errors import UserError
-from embtab.lookup import OPTIMIZERS, Joined, Optimizer, Request, StackedLookup
+from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
+from embtab.lookup import Joined, Request, StackedLookup
 from embtab.methods import Table
 from embtab.methods.base import ARITHMETICS, JOININGS
 
@@ -45,30 +48,29 @@ WORTH_A_THREAD = 1 << 16
 class NativeLookup(StackedLookup):
     """Our own loop, with the optimizer fused into backward; no gradient is ever stored.
 
-    As with fbgemm the tables are no torch parameters: no outer optimizer can touch them.
-
     Args:
         tables: the physical tables.
-        optimizer: what backward does with the rows that were read.
+        fused: what backward does with the rows that were read.
 
     Raises:
         UserError: where there is no C++ compiler, or a width has 2^32 rows or more.
     """
 
     joins = True
+    fused: FusedOptimizer
 
-    def __init__(self, tables: Sequence[Table], optimizer: Optimizer) -> None:
-        super().__init__(tables)
-        self.optimizer = optimizer
+    def __init__(self, tables: Sequence[Table], fused: FusedOptimizer) -> None:
+        super().__init__(tables, fused)
         _library()
         for width, rows in self.stacked_rows.items():
             if rows >= MAX_ROWS:
                 raise UserError(
                     f"the native backend takes fewer than 2^32 rows of one width; {rows} have width {width}"
                 )
-        self._stacks = {width: _Stack(rows, width, optimizer) for width, rows in self.stacked_rows.items()}
-        # What autograd has to see so that it comes back: the tables are not its parameters.
-        self._hook = torch.zeros(0, requires_grad=True)
+        self._stacks = {width: _Stack(rows, width, self.optimizer) for width, rows in self.stacked_rows.items()}
+        # What autograd has to see so that it comes back: the tables get no gradient from it.
+        self._hook = torch.zeros(0, dtype=torch.float32, requires_grad=True)
+        self.list_tables()
 
     def placed_rows(
         self, arithmetic: str, ids: Tensor, sizes: Sequence[int], bases: Tensor, constants: Tensor
@@ -92,13 +94,27 @@ class NativeLookup(StackedLookup):
             chosen = [i for i, request in enumerate(requests) if request.width == width]
             read = _Read([requests[i] for i in chosen])
             weights = [requests[i].weights for i in chosen]
-            numbers: Tensor = _Vectors.apply(self._hook, self._stacks[width], self.optimizer, read, *weights)
+            update = self._update(width)
+            trained = any(parameter.requires_grad for parameter in self.listed_of(width))
+            hook = self._hook if trained else self._hook.detach()
+            numbers: Tensor = _Vectors.apply(hook, self._stacks[width], update, read, *weights)
             shapes = read.shapes
             sizes = [math.prod(shape) for shape in shapes]
             parts = [numbers] if len(sizes) == 1 else numbers.split(sizes)  # a split copies the gradient
             shaped = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
             answers |= {i: shaped[at] for i, at in zip(chosen, read.answers, strict=True)}
         return [answers[i] for i in range(len(requests))]
+
+    def _update(self, width: int) -> _Update | None:
+        """What backward does to the tables of a width; None where they stay as they are."""
+        listed = self.listed_of(width)
+        frozen = torch.tensor([not parameter.requires_grad for parameter in listed])
+        if not self.training or bool(frozen.all()):
+            return None
+        if not bool(frozen.any()):
+            return _Update(self.fused, None)
+        sizes = torch.tensor([len(parameter) for parameter in listed])
+        return _Update(self.fused, frozen.repeat_interleave(sizes))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Second moments: [num_rows] for rowwise_adagrad, [num_rows, W] for adagrad, nothing for sgd."""
@@ -110,18 +126,12 @@ class NativeLookup(StackedLookup):
             for name, table in self.tables.items()
         }
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Changes the learning rate of all tables from the next backward on."""
-        for stack in self._stacks.values():
-            stack.lr = lr
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NativeLookup:
         """Stays where it is.
 
         Raises:
             UserError: when the tables should go to another device.
         """
-        super()._apply(fn, recurse)
         check_device(fn(torch.empty(0)).device)
         return self
 
@@ -142,14 +152,39 @@ class _Stack:
     Attributes:
         rows: float32 [R, W].
         moments: of the optimizer: float32 [R], [R, W] or [0].
-        lr: the learning rate.
     """
 
     def __init__(self, count: int, width: int, optimizer: Optimizer) -> None:
         shapes = {"sgd": (0,), "adagrad": (count, width), "rowwise_adagrad": (count,)}
         self.rows = _zeros((count, width))
         self.moments = _zeros(shapes[optimizer.name])
-        self.lr = optimizer.lr
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What backward does to the tables that were read.
+
+    Attributes:
+        fused: the optimizer.
+        frozen: bool [R], rows that stay as they are; or None.
+    """
+
+    fused: FusedOptimizer
+    frozen: Tensor | None
+
+    @contextmanager
+    def sparing(self, stack: _Stack, rows: Sequence[Tensor]) -> Iterator[None]:
+        """Puts back, at the end, those of the rows that are frozen."""
+        if self.frozen is None:
+            yield
+            return
+        spared = torch.cat([each.flatten() for each in rows]).unique()
+        spared = spared[self.frozen[spared]]
+        matrices = [stack.rows, *([stack.moments] if len(stack.moments) else [])]
+        before = [matrix[spared] for matrix in matrices]
+        yield
+        for matrix, values in zip(matrices, before, strict=True):
+            matrix[spared] = values
 
 
 def _zeros(shape: tuple[int, ...]) -> Tensor:
@@ -164,26 +199,30 @@ class _Vectors(torch.autograd.Function):
         ctx: Any,
         hook: Tensor,
         stack: _Stack,
-        optimizer: Optimizer,
+        update: _Update | None,
         read: _Read,
         *weights: Tensor | None,
     ) -> Tensor:
-        ctx.stack, ctx.optimizer, ctx.read = stack, optimizer, read
+        ctx.stack, ctx.update, ctx.read = stack, update, read
         numbers = torch.empty(sum(map(math.prod, read.shapes)))
         for i in range(len(weights)):
-            read.run(i, "embtab_sum_bags", _tables(stack, optimizer), numbers)
+            read.run(i, "embtab_sum_bags", _tables(stack), numbers)
         return numbers
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, tables = gradient.contiguous(), _tables(ctx.stack, ctx.optimizer)
+        gradient, tables = gradient.contiguous(), _tables(ctx.stack)
         of_weights: list[Tensor | None] = []
         for i, weights in enumerate(ctx.read.weights):
             of_weights.append(torch.empty_like(weights) if ctx.needs_input_grad[4 + i] else None)
             if of_weights[i] is not None:
                 ctx.read.run(i, "embtab_weight_gradients", tables, gradient, of_weights[i])
-        ctx.read.update(tables, gradient)
+        if ctx.update is not None:
+            settings = ctx.update.fused.settings
+            most = settings.max_gradient
+            with ctx.update.sparing(ctx.stack, ctx.read.rows):
+                ctx.read.update(_tables(ctx.stack, settings), gradient if most is None else gradient.clamp(-most, most))
         return None, None, None, None, *of_weights
 
 
@@ -194,12 +233,14 @@ class _Read:
         shapes: of the answers, which lie one after the other.
         answers: for each request, which of them is its.
         weights: of the ids of each request, float32 [N] or None.
+        rows: of each request, int64 [K, N].
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.answers: list[int] = []
         self.weights: list[Tensor | None] = []
+        self.rows: list[Tensor] = []
         self._ids = 0
         self._kept: list[Tensor | None] = []  # so that their memory stays
         self._batches = (_CBatch * len(requests))()
@@ -219,7 +260,8 @@ class _Read:
             targets.append(joined.target)
             self.weights.append(weights)
             self._ids += rows.numel()
-            self._kept += [rows, offsets, joined.columns]
+            self.rows.append(rows)
+            self._kept += [offsets, joined.columns]
             self._batches[i] = _CBatch(
                 rows.data_ptr(),
                 _pointer(offsets),
@@ -271,14 +313,16 @@ class _CTables(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "moments")),
         *((name, ctypes.c_int64) for name in ("count", "width", "optimizer")),
-        *((name, ctypes.c_float) for name in ("lr", "eps")),
+        *((name, ctypes.c_float) for name in ("lr", "eps", "weight_decay")),
     )
 
 
-def _tables(stack: _Stack, optimizer: Optimizer) -> _CTables:
-    kind = OPTIMIZERS.index(optimizer.name)
+def _tables(stack: _Stack, settings: Optimizer | None = None) -> _CTables:
+    """The stack as `native.cpp` takes it; to be read only, without settings of an optimizer."""
+    settings = settings or Optimizer("sgd", lr=0.0)
+    kind = OPTIMIZERS.index(settings.name)
     pointers = stack.rows.data_ptr(), stack.moments.data_ptr()
-    return _CTables(*pointers, *stack.rows.shape, kind, stack.lr, optimizer.eps)
+    return _CTables(*pointers, *stack.rows.shape, kind, settings.lr, settings.eps, settings.weight_decay)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

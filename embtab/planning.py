@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +92,18 @@ class Plan:
         """Bytes of what only training needs beside tables and optimizer state: the counters of adaptive methods."""
         arrays = (array for encoding in self.encodings.values() for array in encoding.arrays().values())
         return sum(array.nbytes for array in arrays if not array.serving)
+
+    @property
+    def digest(self) -> str:
+        """Of all that says which rows an id has: trained tables make sense under a plan with the same digest alone.
+
+        Budget, precision and pooling are left out: they change nothing in what tables hold.
+        """
+        described = self.to_dict()
+        spaces = {feature.name: feature.space for feature in self.features}
+        tables = [(table.name, table.num_rows, table.width) for table in self.tables.values()]
+        facts = [self.dim, spaces, described["encodings"], tables]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def encoding(self, feature: str) -> Encoding:
         """The encoding of a feature, by the feature's name."""

@@ -9,7 +9,58 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class NamedState(nn.Module):
+class Unshadowed(nn.Module):
+    """A module whose parameters may have any name, also that of an attribute, such as "training"."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:  # what is a plain attribute stays one
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+
+class Branch(Unshadowed):
+    """Tensors under a name with dots: `named_parameters` goes through it; who planted it saves and loads them."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+
+Place = tuple[nn.Module, str]
+"""A module, and the name of a parameter or buffer in it."""
+
+
+def at(place: Place) -> Tensor:
+    """The tensor there, or what `torch.func.functional_call` has put in its place."""
+    module, name = place
+    parameter = module._parameters.get(name)
+    tensor = module._buffers[name] if parameter is None else parameter
+    assert tensor is not None
+    return tensor
+
+
+def planted(module: nn.Module, name: str, tensor: Tensor) -> Place:
+    """Gives a module a parameter or (for what is none) a buffer of a name, dots and all.
+
+    Returns:
+        Where it is: a module below, and the last part of the name.
+    """
+    first, dot, rest = name.partition(".")
+    if dot:
+        branch = module._modules.setdefault(first, Branch())
+        assert branch is not None
+        return planted(branch, rest, tensor)
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[name] = tensor
+    else:
+        module._buffers[name] = tensor
+    return module, name
+
+
+class NamedState(Unshadowed):
     """A module that saves and loads tensors by names it chooses, dots and all, instead of by its attributes."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ from torch import nn
 from embtab.collections import EmbeddingBagCollection
 from embtab.datasets.reader import ParquetBatches
 from embtab.errors import UserError
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.training import metrics
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress

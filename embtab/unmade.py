@@ -9,7 +9,8 @@ from torch import Tensor
 
 from embtab.drawing import Draw
 from embtab.errors import UserError
-from embtab.lookup import Lookup, Optimizer, Request
+from embtab.fused import FusedOptimizer, Optimizer
+from embtab.lookup import Lookup, Request
 from embtab.methods import Table
 
 
@@ -22,8 +23,7 @@ class Unmade(Lookup):
     """
 
     def __init__(self, tables: Sequence[Table], optimizer: Optimizer | None) -> None:
-        super().__init__(tables)
-        self.optimizer = optimizer or Optimizer()
+        super().__init__(tables, FusedOptimizer(optimizer or Optimizer()))
         self.draw: Draw | None = None
 
     def forward(self, requests: Sequence[Request]) -> list[Tensor]:
@@ -57,6 +57,7 @@ class Unmade(Lookup):
         """Lets the other draw."""
         if self.draw is not None:  # else the other's rows stay zero
             other.fill(self.draw)
+        other.freeze(self.frozen())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Unmade:
         return self

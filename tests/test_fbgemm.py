@@ -8,7 +8,8 @@ from torch import Tensor
 
 from embtab import fbgemm
 from embtab.fbgemm import FbgemmLookup
-from embtab.lookup import OPTIMIZERS, Optimizer, Request
+from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
+from embtab.lookup import Request
 from embtab.methods import Table
 
 ROWS, WIDTH = 9, 6
@@ -33,7 +34,7 @@ def trained(optimizer: Optimizer, asked: list[Request], dealt: bool) -> tuple[li
     """Answers to requests, before a step of training; the table after it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fbgemm, "_loop_is_quicker", lambda: dealt)
-        lookup = FbgemmLookup([Table("t", ROWS, WIDTH)], "cpu", optimizer)
+        lookup = FbgemmLookup([Table("t", ROWS, WIDTH)], "cpu", FusedOptimizer(optimizer))
     lookup.table("t").copy_(torch.linspace(-1, 1, ROWS * WIDTH).view(ROWS, WIDTH))
     answers = lookup(asked)
     random = torch.Generator().manual_seed(0)

@@ -15,7 +15,8 @@ from laws import CASES, FEATURES, Bags, Case, single_ids
 import embtab as et
 from embtab import compiler, native
 from embtab.errors import UserError
-from embtab.lookup import OPTIMIZERS, Joined, Optimizer, Request, TorchLookup
+from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
+from embtab.lookup import Joined, Request, TorchLookup
 from embtab.methods import Table
 from embtab.methods.base import ARITHMETICS, JOININGS
 from embtab.native import NativeLookup
@@ -66,7 +67,7 @@ def vectors(table: torch.Tensor, request: Request) -> dict[int, torch.Tensor]:
 
 
 def lookup(optimizer: str, width: int, rows: int = ROWS) -> NativeLookup:
-    made = NativeLookup([Table("t", rows, width)], Optimizer(optimizer, float(LR)))
+    made = NativeLookup([Table("t", rows, width)], FusedOptimizer(Optimizer(optimizer, float(LR))))
     made.table("t").copy_(torch.linspace(-1, 1, rows * width).view(rows, width))
     return made
 
@@ -229,7 +230,7 @@ def test_many_rows_come_out_once(rows: int) -> None:
     """More than an update has had room for, against torch's SGD."""
     width, count = 16, 120_000
     asked = Request(width, torch.randint(rows, (count,), generator=torch.Generator().manual_seed(0)), None)
-    made = NativeLookup([Table("t", rows, width)], Optimizer("sgd", lr=0.5))
+    made = NativeLookup([Table("t", rows, width)], FusedOptimizer(Optimizer("sgd", lr=0.5)))
     other = TorchLookup([Table("t", rows, width)], "cpu")
     gradient = torch.randint(-4, 5, (count, width), generator=torch.Generator().manual_seed(1)).float()  # exact sums
     made([asked])[0].backward(gradient)
@@ -269,7 +270,7 @@ def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(UserError, match=r"native backend trains on CPUs.*'meta'"):
         et.EmbeddingBagCollection(plan, "native").to("meta")
     with pytest.raises(UserError, match=r"fewer than 2\^32 rows"):
-        NativeLookup([Table("t", 2**32, 4)], Optimizer())
+        NativeLookup([Table("t", 2**32, 4)], FusedOptimizer(Optimizer()))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"native backend: there is no C\+\+ compiler 'no-such-compiler'.*CXX"):
         compiler.build(Path(native.__file__).with_suffix(".cpp"), "the native backend")

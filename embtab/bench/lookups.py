@@ -18,7 +18,7 @@ from embtab.bench.workload import Case
 from embtab.collections import EmbeddingBagCollection
 from embtab.commands.parser import read_option
 from embtab.errors import UserError
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.planning import plan
 
 LR = 0.01

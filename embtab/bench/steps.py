@@ -16,7 +16,7 @@ from embtab.bench.workload import Case, draw, numeric
 from embtab.collections import EmbeddingCollection
 from embtab.datasets.reader import Batch
 from embtab.features import Feature
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.models.autoint import AutoInt
 from embtab.models.din import DIN
 from embtab.planning import plan

@@ -18,7 +18,7 @@ from embtab.compare.workers import AnyJob, Job, SearchJob, outcomes
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import Feature, id_spaces, read_features
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.methods import Spec
 from embtab.planning import Plan, plan
 from embtab.sizes import parse_bytes

@@ -21,7 +21,7 @@ from embtab.compare.statistics import resampled_auc
 from embtab.compare.sweep import Sweep
 from embtab.errors import UserError
 from embtab.files import scratch
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer, outer_parameters
 from embtab.planning import Plan
 from embtab.training import metrics
 from embtab.training.checkpoint import WholeFiles
@@ -107,8 +107,9 @@ def _training_nbytes(tables: EmbeddingBagCollection) -> int:
 
     Taken after training: some optimizers begin their memory with the first step.
     """
-    parameters = sum(2 * each.numel() * each.element_size() for each in tables.parameters())
-    return parameters + sum(each.numel() * each.element_size() for each in tables.state_dict().values())
+    parameters = sum(2 * each.numel() * each.element_size() for each in outer_parameters(tables))
+    state = tables.lookup.state_dict() | tables.arrays.state_dict()
+    return parameters + sum(each.numel() * each.element_size() for each in state.values())
 
 
 def make_trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:

@@ -15,9 +15,9 @@ from embtab.compare.train import make_model
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.files import locked, write_text
+from embtab.fused import Optimizer
 from embtab.learned.registry import make
 from embtab.learned.search import Reference, run, train_dense
-from embtab.lookup import Optimizer
 from embtab.sizes import format_bytes
 
 COLUMNS = (

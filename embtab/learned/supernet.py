@@ -24,7 +24,7 @@ from embtab.blocks import per_bag
 from embtab.collections import EmbeddingBagCollection
 from embtab.cut import Cut
 from embtab.features import Feature, id_spaces
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.planning import plan
 
 

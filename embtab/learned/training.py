@@ -25,9 +25,9 @@ from embtab.datasets.reader import Batch, ParquetBatches
 from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
 from embtab.features import read_features
+from embtab.fused import Optimizer
 from embtab.learned.stages import State
 from embtab.learned.supernet import Gate, Supernet
-from embtab.lookup import Optimizer
 from embtab.training.culprit import REMEDY, culprit, not_finite
 from embtab.training.metrics import evaluate
 

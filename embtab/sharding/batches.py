@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embtab.fbgemm import without_padding
+from embtab.fused import Optimizer
 from embtab.lookup import Request
 
 Place = tuple[int, int]
@@ -35,20 +37,28 @@ class Questions:
 
     def batches(self) -> dict[str, KeyedJaggedTensor]:
         """What each of torchrec's collections is asked."""
-        return {name: pooled_batch(group) if name == "bags" else single_batch(group)
+        return {name: pooled_batch(group) if name.startswith("bags") else single_batch(group)
                 for name, group in self.away.items()}  # fmt: skip
 
-    def answers(self, here: Sequence[Tensor], found: Mapping[str, Any]) -> list[Tensor]:
-        """The answer to each request, from those of this process and those of torchrec's collections."""
+    def answers(self, here: Sequence[Tensor], found: Mapping[str, Any], settings: Optimizer) -> list[Tensor]:
+        """The answer to each request.
+
+        Args:
+            here: from this process.
+            found: from torchrec's collections, by name, in rows padded to a multiple of four.
+            settings: of the tables' optimizer.
+        """
         slots: list[dict[int, Tensor]] = [{} for _ in self.counts]
         for ((i, j), _), answer in zip(self.here, here, strict=True):
             slots[i][j] = answer
         for name, group in self.away.items():
             # By key: the order of the answer depends on how the tables are spread.
-            rows = found[name].to_dict() if name == "bags" else found[name]
+            pooled = name.startswith("bags")
+            rows = found[name].to_dict() if pooled else found[name]
             for (i, j), one in group:
-                values = rows[one.slots[0]]
-                slots[i][j] = values[:, : one.width] if name == "bags" else summed(values.values(), one)
+                values = rows[one.slots[0]] if pooled else rows[one.slots[0]].values()
+                values = without_padding(values, one.width, settings)
+                slots[i][j] = values if pooled else summed(values, one)
         return [joined([parts[j] for j in range(count)]) for parts, count in zip(slots, self.counts, strict=True)]
 
 
@@ -92,8 +102,7 @@ def single_batch(group: Sequence[Asked]) -> KeyedJaggedTensor:
 
 
 def summed(rows: Tensor, one: Request) -> Tensor:
-    """The answer [B, W] to a request of one slot, from the (padded) rows [N, W] of its ids."""
-    rows = rows[:, : one.width]
+    """The answer [B, W] to a request of one slot, from the rows [N, W] of its ids."""
     if one.weights is not None:
         rows = rows * one.weights.unsqueeze(-1)
     if one.lengths is None or (len(rows) == len(one.lengths) and bool((one.lengths == 1).all())):

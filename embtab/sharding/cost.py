@@ -25,7 +25,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embtab.errors import UserError
-from embtab.lookup import Optimizer, padded
+from embtab.fused import Optimizer
+from embtab.lookup import padded
 from embtab.sharding.placement import KINDS, row_bytes
 
 

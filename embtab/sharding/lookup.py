@@ -11,6 +11,7 @@ would lose their optimizer, and sums bags that it should not on a CPU.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,11 +26,13 @@ from torchrec.distributed.types import ShardingEnv
 
 from embtab.drawing import BLOCK, Draw
 from embtab.errors import UserError
-from embtab.lookup import Lookup, Optimizer, Request, padded
+from embtab.fbgemm import scale_of
+from embtab.fused import FusedOptimizer, Optimizer
+from embtab.lookup import Lookup, Request, padded
 from embtab.methods import Encoding, Table
 from embtab.sharding.adaptive import everyones, reorganise
 from embtab.sharding.batches import Questions, slots_of
-from embtab.sharding.modules import torchrec_modules
+from embtab.sharding.modules import bags_of, ids_of, torchrec_modules
 from embtab.sharding.pipeline import Sender, Sent
 from embtab.sharding.placement import Kinds, codes, sharders, sharding_plan
 from embtab.sharding.processes import first_says, size_of, whole
@@ -46,7 +49,7 @@ class ShardedLookup(Lookup):
         bags: the table of every slot that is summed over bags.
         ids: the table of every slot that is read id by id.
         kinds: how each table is spread, from `placement.kinds`.
-        optimizer: applied inside backward, to gradients that are the mean over processes.
+        fused: applied inside backward, to gradients that are the mean over processes.
         device: of this process.
 
     Raises:
@@ -59,18 +62,21 @@ class ShardedLookup(Lookup):
         bags: Mapping[str, str],
         ids: Mapping[str, str],
         kinds: Kinds,
-        optimizer: Optimizer,
+        fused: FusedOptimizer,
         device: torch.device,
     ) -> None:
-        super().__init__(tables)
-        self.optimizer, self.kinds = optimizer, dict(kinds)
+        super().__init__(tables, fused)
+        optimizer = fused.settings
+        if optimizer.weight_decay:
+            raise UserError("torchrec's kernels for CPUs know no weight decay; train sharded tables without it")
+        self.kinds, self._trains = dict(kinds), True
         self.table_of = {**bags, **ids}
         local = [table for table in tables if kinds[table.name] == "data_parallel"]
         self.replicated = {table.name for table in local}
         modules = torchrec_modules(tables, kinds, bags, ids)
         self._names = {code: name for name, code in codes(tables).items()}
         # In a list, out of sight: torch's own state dict, `parameters()` and `.to()` are not for them.
-        self._hidden: list[Any] = [Replicas(local, device, optimizer), None, None]
+        self._hidden: list[Any] = [Replicas(local, device, fused), None, None]
         self._device = device
         if modules:
             world = dist.get_world_size()
@@ -85,6 +91,7 @@ class ShardedLookup(Lookup):
                     sharders=sharders(optimizer),
                     init_data_parallel=False,
                 )
+        self._told = math.nan
         with torch.no_grad():
             for shards in self._shards().values():  # torchrec drew them from a uniform distribution
                 for shard in shards.local_shards():
@@ -120,6 +127,12 @@ class ShardedLookup(Lookup):
 
     def forward(self, requests: Sequence[Request]) -> list[Tensor]:
         """Answers each request with its sums [B, W]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training and self._trains):
+            return self._answers(requests)
+
+    def _answers(self, requests: Sequence[Request]) -> list[Tensor]:
+        settings = self.optimizer
+        self._tell(settings)
         questions = requests.questions if isinstance(requests, Sent) else self.questions(requests)
         if self._hidden[2] is None:
             batches = questions.batches()
@@ -129,17 +142,17 @@ class ShardedLookup(Lookup):
         # All are asked before the first is waited for.
         waiting = {name: self.collections[name](batch) for name, batch in batches.items()}
         here = self.replicas([one for _, one in questions.here])
-        return questions.answers(here, {name: answer.wait() for name, answer in waiting.items()})
+        return questions.answers(here, {name: answer.wait() for name, answer in waiting.items()}, settings)
 
     def _collection(self, one: Request) -> str:
         if one.lengths is None or self.kinds[self.table_of[one.slots[0]]] == "row_wise_ids":
-            return f"ids{padded(one.width)}"
+            return ids_of(one.width)
         if one.weights is not None and one.weights.requires_grad:
             raise UserError(
                 f"slot {one.slots[0]!r}: weights of a batch get no gradient from sharded tables; "
                 "read the ids through an EmbeddingCollection and weigh its vectors"
             )
-        return "bags"
+        return bags_of(one.width)
 
     def _rebased(self, one: Request) -> Request:
         base = self.replicas.base[self.table_of[one.slots[0]]]
@@ -247,14 +260,38 @@ class ShardedLookup(Lookup):
             if name in moments:
                 self.assign(moments[name], whole[f"{name}.optimizer"])
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Changes the learning rate of all tables from the next backward on."""
-        self.optimizer = Optimizer(self.optimizer.name, lr, self.optimizer.eps)
-        self.replicas.optimizer = self.optimizer
-        for collection in self.collections.values():
+    def _tell(self, settings: Optimizer) -> None:
+        """Hands a changed learning rate to the kernels."""
+        if settings.lr == self._told:
+            return
+        self._told = settings.lr
+        widths = {of(table.width): table.width for table in self.tables.values() for of in (bags_of, ids_of)}
+        for name, collection in self.collections.items():
             for group in collection.fused_optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = settings.lr / scale_of(settings, widths[name])
             collection.fused_optimizer.step()  # which only hands the learning rate to the kernels
+
+    def frozen(self) -> set[str]:
+        """All tables, or none."""
+        return set() if self._trains else set(self.tables)
+
+    def freeze(self, names: set[str]) -> None:
+        """From now on backward leaves the tables as they are.
+
+        Raises:
+            UserError: when it is to leave some, and train others.
+        """
+        if names and names != set(self.tables):
+            raise UserError(
+                f"table {min(names)!r} is frozen and {min(set(self.tables) - names)!r} is not: tables that are spread "
+                "over processes are frozen together; put those that stay into a collection of their own"
+            )
+        self._trains = not names
+
+    def requires_grad_(self, requires_grad: bool = True) -> ShardedLookup:
+        """Freezes all tables, or lets them train again."""
+        self._trains = requires_grad
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedLookup:
         """Ignores `.to(device)`: the tables were made where they belong."""

@@ -37,13 +37,24 @@ def torchrec_modules(
     meta = torch.device("meta")
     modules: dict[str, nn.Module] = {}
     pooled = list(_configs(EmbeddingBagConfig, spread, bags))
-    if pooled:
-        modules["bags"] = EmbeddingBagCollection(tables=pooled, device=meta)
     single = list(_configs(EmbeddingConfig, spread, ids))
-    for width in dict.fromkeys(config.embedding_dim for config in single):
-        same = [config for config in single if config.embedding_dim == width]
-        modules[f"ids{width}"] = EmbeddingCollection(tables=same, device=meta)
+    for name in dict.fromkeys(bags_of(spread[config.name].width) for config in pooled):
+        same = [config for config in pooled if bags_of(spread[config.name].width) == name]
+        modules[name] = EmbeddingBagCollection(tables=same, device=meta)
+    for name in dict.fromkeys(ids_of(spread[config.name].width) for config in single):
+        same = [config for config in single if ids_of(spread[config.name].width) == name]
+        modules[name] = EmbeddingCollection(tables=same, device=meta)
     return nn.ModuleDict(modules)
+
+
+def bags_of(width: int) -> str:
+    """The collection that sums rows of this width: padded ones have a collection, and a learning rate, of their own."""
+    return "bags" if width == padded(width) else f"bags{width}"
+
+
+def ids_of(width: int) -> str:
+    """The collection that reads rows of this width one by one."""
+    return f"ids{width}"
 
 
 def _configs(kind: type, tables: Mapping[str, Table], slots: Mapping[str, str]) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embtab.errors import UserError
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.planning import Plan
 from embtab.sharding.modules import torchrec_modules
 from embtab.sharding.placement import describe, kinds, placed, sharding_plan

@@ -18,7 +18,8 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan
 
 from embtab.errors import UserError
-from embtab.lookup import Optimizer, padded
+from embtab.fused import Optimizer
+from embtab.lookup import padded
 from embtab.methods import Table
 from embtab.sizes import format_bytes
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from embtab.lookup import Optimizer, Request, TorchLookup, padded
+from embtab.fused import FusedOptimizer
+from embtab.lookup import Request, TorchLookup
 from embtab.methods import Table
 
 
@@ -20,23 +21,28 @@ class Replicas(TorchLookup):
     Args:
         tables: the physical tables.
         device: of this process.
-        optimizer: of the tables; the same numbers as the fbgemm backend's.
+        fused: what backward does with the rows that were read; the same numbers as the fbgemm backend's.
     """
 
-    def __init__(self, tables: Sequence[Table], device: torch.device, optimizer: Optimizer) -> None:
+    def __init__(self, tables: Sequence[Table], device: torch.device, fused: FusedOptimizer) -> None:
         super().__init__(tables, device)
-        self.optimizer = optimizer
+        self.fused = fused
+        self._leaves = {width: nn.Parameter(stack) for width, stack in self._stacks.items()}
         self._due = False
         self._moments: dict[int, Tensor] = {}
         for width, rows in self.stacked_rows.items():
-            shape = {"sgd": (0,), "adagrad": (rows, width), "rowwise_adagrad": (rows,)}[optimizer.name]
+            shape = {"sgd": (0,), "adagrad": (rows, width), "rowwise_adagrad": (rows,)}[fused.settings.name]
             self._moments[width] = torch.zeros(shape, device=device)
 
     @torch.no_grad()
     def agree(self) -> None:
         """Gives every process the values of rank 0."""
-        for tensor in (*self.parameters(), *self._moments.values()):
+        for tensor in (*self._stacks.values(), *self._moments.values()):
             dist.broadcast(tensor, 0)
+
+    def matrix(self, width: int) -> Tensor:
+        """The leaf whose gradient is averaged over processes."""
+        return self._leaves[width]
 
     def forward(self, requests: Sequence[Request]) -> list[Tensor]:
         """Answers as `TorchLookup`; backward through an answer trains the tables of all processes."""
@@ -55,22 +61,23 @@ class Replicas(TorchLookup):
     def _step(self) -> None:
         self._due = False
         for width in self.stacked_rows:
-            weight = self.get_parameter(f"width{width}")
+            weight = self._leaves[width]
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
             weight.grad = None
             dist.all_reduce(gradient)
             self._train(width, weight, gradient / dist.get_world_size())
 
     def _train(self, width: int, weight: Tensor, gradient: Tensor) -> None:
-        if self.optimizer.name == "sgd":
-            weight.add_(gradient, alpha=-self.optimizer.lr)
+        settings = self.optimizer
+        if settings.name == "sgd":
+            weight.add_(gradient, alpha=-settings.lr)
             return
         moment = self._moments[width]
-        if self.optimizer.name == "adagrad":
+        if settings.name == "adagrad":
             root = moment.addcmul_(gradient, gradient).sqrt()
-        else:  # the mean is over the padded row, as in fbgemm's kernels
-            root = moment.add_(gradient.square().sum(1) / padded(width)).sqrt().unsqueeze(1)
-        weight.addcdiv_(gradient, root + self.optimizer.eps, value=-self.optimizer.lr)
+        else:
+            root = moment.add_(gradient.square().mean(1)).sqrt().unsqueeze(1)
+        weight.addcdiv_(gradient, root + settings.eps, value=-settings.lr)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Second moments, as in the fbgemm backend."""

@@ -128,7 +128,7 @@ class TorchRecStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes a folder, together with all processes; it is complete or absent."""
-        state = checkpoint.pop("state_dict")
+        state = _tensors(checkpoint.pop("state_dict"))
         random: list[Any] = [None] * self.world_size
         dist.all_gather_object(random, torch.get_rng_state())
         beside = {"shapes": self._shapes(), "random_states": random}
@@ -165,7 +165,7 @@ class TorchRecStrategy(DDPStrategy):
                 *(f"arrays.{key}" for key in collection.arrays.optional_state()),
             )
         }
-        folders.load(self._source, module.state_dict(), lambda name: not strict or name in optional)
+        folders.load(self._source, _tensors(module.state_dict()), lambda name: not strict or name in optional)
 
     def on_exception(self, exception: BaseException) -> None:
         """Says in the first line that another process is gone, where that is the cause."""
@@ -186,6 +186,11 @@ class TorchRecStrategy(DDPStrategy):
             for table in collection.plan.tables.values()
             for state in ("", ".optimizer")
         }
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without what collections say of themselves, which the checkpoint's plan and optimizers say too."""
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
 def collections_of(module: LightningModule) -> Iterator[tuple[str, Collection]]:
@@ -248,9 +253,9 @@ def shard(collection: Collection, asked: str | Mapping[str, str], device: torch.
             "tables of the torch backend are trained by the outer optimizer, which sharded tables cannot be; use "
             'backend="fbgemm" with optimizer=embtab.Optimizer(...)'
         )
-    tables, optimizer = list(collection.plan.tables.values()), collection.lookup.optimizer
+    tables, fused = list(collection.plan.tables.values()), collection.fused_optimizer
     bags, ids = slots(collection.plan, type(collection))
-    sharded = ShardedLookup(tables, bags, ids, kinds(tables, asked, optimizer), optimizer, device)
+    sharded = ShardedLookup(tables, bags, ids, kinds(tables, asked, fused.settings), fused, device)
     collection.replace_lookup(sharded)
     sharded.replicas.agree()
 

@@ -14,7 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.features import Feature
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.planning import plan
 from embtab.sharding.strategy import shard
 

@@ -15,13 +15,14 @@ from embtab.datasets.reader import Batch
 from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
 from embtab.features import Feature, read_features
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.models.dare import DARE
 from embtab.models.din import DIN
 from embtab.models.events import Events
 from embtab.planning import plan
 from embtab.training.layout import Layout, Vectors
 from embtab.training.regularise import id_counts, minibatch_l2
+from embtab.training.schedule import Schedule
 from embtab.training.task import RankingTask
 
 
@@ -40,6 +41,7 @@ class SequenceTask(RankingTask):
         weight_decay: Adam's weight decay for them.
         attention: tables of the event features for the search, of any dimension and method.
         l2: strength of DIN's mini-batch aware regularisation of all tables; see `minibatch_l2`.
+        schedule: of all learning rates; constant if None.
 
     Raises:
         UserError: when the features have no history, the collections disagree about it, or the model cannot use it.
@@ -53,8 +55,9 @@ class SequenceTask(RankingTask):
         weight_decay: float = 0.0,
         attention: EmbeddingCollection | None = None,
         l2: float = 0.0,
+        schedule: Schedule | None = None,
     ):
-        super().__init__(tables, model, lr, weight_decay)
+        super().__init__(tables, model, lr, weight_decay, schedule)
         if attention is not None and not isinstance(model, DARE):
             raise UserError(f"{type(model).__name__} has no use for attention tables of its own; DARE has")
         if not l2 >= 0:
@@ -176,10 +179,13 @@ class FitSequenceTask(SequenceTask):
             quicker on CPUs; "torch" trains them by Adam at `lr`.
         table_optimizer: "rowwise_adagrad", "adagrad" or "sgd"; not for the torch backend.
         table_lr: its learning rate.
+        table_weight_decay: L2 penalty on the rows of a batch.
+        table_max_gradient: largest entry of the gradient of a looked-up sum; no limit if null.
         init_std: standard deviation of the entries of fresh vectors.
         lr: Adam's learning rate for the model and the tables' dense parts.
         weight_decay: Adam's weight decay.
         l2: strength of the mini-batch aware regularisation of the tables.
+        schedule: of all learning rates, such as {name: cosine, warmup_steps: 1000}; constant if null.
         model: made from (number of dense columns, number of other features, fields of an event, dim).
 
     Raises:
@@ -199,16 +205,22 @@ class FitSequenceTask(SequenceTask):
         backend: str = "fbgemm",
         table_optimizer: str = "rowwise_adagrad",
         table_lr: float = 0.05,
+        table_weight_decay: float = 0.0,
+        table_max_gradient: float | None = None,
         init_std: float = 0.1,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         l2: float = 0.0,
+        schedule: Schedule | None = None,
         model: Callable[[int, int, int, int], nn.Module] = DIN,
     ):
         dataset = Dataset.load(data)
         features = used_features(data, leave_out or [])
         layout = Layout.of(features)
-        optimizer = Optimizer(table_optimizer, table_lr) if backend != "torch" else None
+        settings = Optimizer(
+            table_optimizer, table_lr, weight_decay=table_weight_decay, max_gradient=table_max_gradient
+        )
+        optimizer = settings if backend != "torch" else None
 
         def tables(used: Sequence[Feature], init_std: float, **settings: Any) -> EmbeddingCollection:
             return EmbeddingCollection(plan(used, **settings), backend, optimizer, init_std)
@@ -225,7 +237,7 @@ class FitSequenceTask(SequenceTask):
             events = [feature for feature in features if feature.name in layout.events]
             searching = tables(events, **{"dim": dim, "seed": seed, "init_std": init_std, **attention})
         made = model(len(dataset.dense), len(layout.others), len(layout.targets), dim)
-        super().__init__(representation, made, lr, weight_decay, searching, l2)
+        super().__init__(representation, made, lr, weight_decay, searching, l2, schedule)
         self.about |= {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "dense": list(dataset.dense)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,13 @@ from embtab.datasets.reader import Batch
 from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
 from embtab.features import read_features
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer, outer_parameters, with_tables
 from embtab.models.autoint import AutoInt
 from embtab.planning import Plan, plan
 from embtab.training import metrics
 from embtab.training.checkpoint import described, description
 from embtab.training.culprit import REMEDY, culprit, not_finite
+from embtab.training.schedule import Schedule
 
 Rows = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64] | None]
 """Logits, labels and users of some rows."""
@@ -33,22 +35,31 @@ Rows = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64] | None]
 class RankingTask(L.LightningModule):
     """Trains embedding tables and a ranker together; measures AUC, log loss, normalised entropy and calibration.
 
-    The dense parameters are trained by Adam; tables whose optimizer is fused into backward update themselves.
-    (The Trainer's gradient clipping does not reach fused tables.)
+    The dense parameters are trained by Adam; tables whose optimizer is fused into backward update themselves. One
+    schedule drives the learning rates of both.
 
     Args:
         tables: a module KeyedJaggedTensor -> KeyedTensor, such as `EmbeddingBagCollection` or torchrec's.
         model: a module (dense [B, N], embeddings [B, C, D]) -> logits [B].
         lr: Adam's learning rate for the dense parameters.
         weight_decay: Adam's weight decay for them.
+        schedule: of all learning rates; constant if None.
     """
 
-    def __init__(self, tables: nn.Module, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        tables: nn.Module,
+        model: nn.Module,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        schedule: Schedule | None = None,
+    ):
         super().__init__()
         self.tables = tables
         self.model = model
         self.lr = lr
         self.weight_decay = weight_decay
+        self.schedule = schedule or Schedule()
         self.about: dict[str, Any] = {}
         """More about this run for the checkpoint; plain JSON types only."""
         self._seen: list[Rows] = []
@@ -90,9 +101,19 @@ class RankingTask(L.LightningModule):
         self.log("train/loss", loss, batch_size=len(batch))
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam for every parameter; fused tables are none, they update themselves."""
-        return torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+    def configure_optimizers(self) -> Any:
+        """Adam for the parameters outside of fused tables, joined with the optimizers of these; and the schedule.
+
+        Raises:
+            UserError: when the schedule needs the length of training, and the Trainer has none.
+        """
+        adam = torch.optim.Adam(outer_parameters(self), lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = with_tables(adam, self)
+        if self.schedule == Schedule():
+            return optimizer
+        total = self.trainer.estimated_stepping_batches if self.schedule.needs_total else math.inf
+        scheduler = self.schedule.of(optimizer, math.inf if total < 0 else total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps logits, labels and users for the end of the epoch."""
@@ -198,8 +219,11 @@ class FitTask(RankingTask):
             quicker on CPUs; "torch" trains them by Adam at `lr`.
         table_optimizer: "rowwise_adagrad", "adagrad" or "sgd"; not for the torch backend.
         table_lr: its learning rate.
+        table_weight_decay: L2 penalty on the rows of a batch.
+        table_max_gradient: largest entry of the gradient of a looked-up sum; no limit if null.
         lr: Adam's learning rate for the ranker and the tables' dense parts.
         weight_decay: Adam's weight decay.
+        schedule: of all learning rates, such as {name: cosine, warmup_steps: 1000}; constant if null.
         compile_rows: compile the arithmetic from ids to rows, which gains with long bags and on GPUs.
         model: the ranker, made from (number of dense columns, number of features, dim).
 
@@ -219,18 +243,24 @@ class FitTask(RankingTask):
         backend: str = "fbgemm",
         table_optimizer: str = "rowwise_adagrad",
         table_lr: float = 0.05,
+        table_weight_decay: float = 0.0,
+        table_max_gradient: float | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        schedule: Schedule | None = None,
         compile_rows: bool = False,
         model: Callable[[int, int, int], nn.Module] = AutoInt,
     ):
         dataset = Dataset.load(data)
         planned = plan(read_features(data), method, budget, dim, seed, precision)
-        optimizer = Optimizer(table_optimizer, table_lr) if backend != "torch" else None
+        settings = Optimizer(
+            table_optimizer, table_lr, weight_decay=table_weight_decay, max_gradient=table_max_gradient
+        )
+        optimizer = settings if backend != "torch" else None
         tables = EmbeddingBagCollection(planned, backend, optimizer, init_std)
         if compile_rows:
             tables.compile_rows()
-        super().__init__(tables, model(len(dataset.dense), len(dataset.features), dim), lr, weight_decay)
+        super().__init__(tables, model(len(dataset.dense), len(dataset.features), dim), lr, weight_decay, schedule)
         self.about = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "dense": list(dataset.dense)}
 
 

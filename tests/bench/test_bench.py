@@ -21,7 +21,7 @@ from embtab.cli import main
 from embtab.datasets import synthetic
 from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
-from embtab.lookup import OPTIMIZERS
+from embtab.fused import OPTIMIZERS
 
 CPU = torch.device("cpu")
 SMALL = ["--batch", "32", "--rounds", "2", "--scale", "0.0001"]

@@ -6,7 +6,7 @@ import pytest
 
 import embtab as et
 from embtab.errors import UserError
-from embtab.lookup import OPTIMIZERS
+from embtab.fused import OPTIMIZERS
 from embtab.sharding.cost import device_bytes, slot_traffic
 from embtab.sharding.modules import torchrec_modules
 from embtab.sharding.placement import KINDS, kinds, placed, sharding_plan

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import embtab as et
 from embtab.cli import main
 from embtab.errors import UserError
+from embtab.fused import Optimizer
 from embtab.learned.supernet import Gate, Supernet
-from embtab.lookup import Optimizer
 from embtab.methods import Table
 from embtab.sharding import checkpoint as folders
 from embtab.sharding.cost import sizes_traffic, slot_traffic

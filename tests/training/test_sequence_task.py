@@ -18,7 +18,7 @@ from embtab.datasets import long_histories
 from embtab.datasets.reader import Batch, ParquetBatches
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.lookup import Optimizer
+from embtab.fused import Optimizer
 from embtab.models import DARE, DIN, MeanPool
 from embtab.planning import plan
 from embtab.reader import Bundle
