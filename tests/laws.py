@@ -152,7 +152,7 @@ def batches(draw: st.DrawFn, plan: et.Plan) -> Bags:
 def tables_of(collection: torch.nn.Module) -> dict[str, np.ndarray]:
     """Physical tables, and further arrays as "space.array", read through the public state dict."""
     state = collection.state_dict()
-    beside = (".optimizer", ".training")  # what only training needs
+    beside = (".optimizer", ".training", "_extra_state")  # what only training needs, and what says whose they are
     return {key.split(".", 1)[1]: value.numpy() for key, value in state.items() if not key.endswith(beside)}
 
 
