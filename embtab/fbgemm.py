@@ -72,11 +72,23 @@ class FbgemmLookup(SummingLookup):
         if torch.is_inference_mode_enabled():  # which the training kernel does not know
             with torch.inference_mode(False), torch.no_grad():
                 return self.sum_bags(width, rows, offsets, weights)
+        fixed = None if weights is None else weights.detach()
+        sums = self._sums(width, rows, offsets, fixed)
+        if weights is None or not weights.requires_grad:
+            return sums
+        bags = None if offsets is None else torch.repeat_interleave(offsets.diff(), output_size=len(rows))
+        weighted: Tensor = _Weighted.apply(sums, self.stack(width)[rows], bags, weights)
+        return weighted
+
+    def _sums(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+        """The same, for weights without a gradient."""
+        call, kernel = (_by_two if self._two_features else _by_one), self._kernels[width]
         trained = [parameter.requires_grad for parameter in self.listed_of(width)]
         if not (self.training and any(trained)):
-            sums = self._untrained(width, rows, offsets, weights)
+            with torch.no_grad():
+                sums = call(kernel, rows, offsets, weights)[:, :width]
             # In evaluation backward passes as ever, and changes no table.
-            return sums.requires_grad_() if any(trained) and torch.is_grad_enabled() and sums.is_leaf else sums
+            return sums.requires_grad_(any(trained) and torch.is_grad_enabled())
         settings = self.optimizer
         self._tell(width, settings.lr)
         bags = len(rows) if offsets is None else len(offsets) - 1
@@ -84,22 +96,11 @@ class FbgemmLookup(SummingLookup):
         if settings.weight_decay and torch.is_grad_enabled():
             each = (rows if frozen is None else rows[~frozen]).unique()
             rows, offsets, weights = _with_bags_of_one(rows, offsets, weights, each)
-        sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows, offsets, weights)
-        sums = without_padding(sums, width, settings, bags)
+        sums = without_padding(call(kernel, rows, offsets, weights), width, settings, bags)
         if frozen is not None and sums.requires_grad:  # all rows of a bag are of one table
             bags_frozen = frozen if offsets is None else F.pad(frozen, (0, 1))[offsets[:bags]]
             sums = torch.where(bags_frozen.unsqueeze(1), sums.detach(), sums)
         return sums
-
-    def _untrained(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Sums of rows that stay as they are; weights get their gradient."""
-        if weights is None or not weights.requires_grad:
-            with torch.no_grad():
-                sums = (_by_two if self._two_features else _by_one)(self._kernels[width], rows, offsets, weights)
-                return sums[:, :width]
-        offsets = torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets
-        matrix = self.stack(width)
-        return F.embedding_bag(rows, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
     def _frozen_rows(self, width: int, rows: Tensor, trained: Sequence[bool]) -> Tensor:
         """Bool [N]: which rows are of tables that are frozen."""
@@ -153,6 +154,25 @@ def without_padding(sums: Tensor, width: int, settings: Optimizer, bags: int | N
     if sums.shape == (bags, width) and settings.max_gradient is None:
         return sums
     return _Outside.apply(sums, width, bags, settings)  # type: ignore[no-any-return]
+
+
+class _Weighted(torch.autograd.Function):
+    """Sums as they are; backward adds the gradients of the weights, by the rows as they were read.
+
+    The kernel's own gradients of weights are by the rows of the time of its backward: another one may have stepped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, read: Tensor, bags: Tensor | None, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(read, bags)
+        return sums.view_as(sums)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        read, bags = ctx.saved_tensors
+        above = gradient if bags is None else gradient[bags]
+        return gradient, None, None, (above * read).sum(1)
 
 
 def scale_of(settings: Optimizer, width: int) -> float:

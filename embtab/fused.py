@@ -117,11 +117,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 
 class WithTables(torch.optim.Optimizer):
-    """An optimizer and the fused optimizers of tables as one, whose groups are those of all; see `with_tables`."""
+    """An optimizer and the fused optimizers of tables as one, whose groups are those of all; see `with_tables`.
+
+    A saved state brings its learning rates along, unless they were set otherwise since: then the new ones hold.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, fused: list[FusedOptimizer]) -> None:
         self.parts = [optimizer, *fused]
         super().__init__(self._groups(), {})
+        self.first = [float(group["lr"]) for group in self._groups()]
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]
@@ -139,8 +143,8 @@ class WithTables(torch.optim.Optimizer):
         self.param_groups[:] = self._groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the parts."""
-        return {"parts": [part.state_dict() for part in self.parts]}
+        """The states of the parts, and the learning rates they began with."""
+        return {"parts": [part.state_dict() for part in self.parts], "first": self.first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the states of the parts.
@@ -163,6 +167,10 @@ class WithTables(torch.optim.Optimizer):
                 raise UserError(f"the saved optimizer state does not fit the ranker's parameters: {error}") from error
         self.param_groups[:] = self._groups()
         self.state = self.parts[0].state
+        for group, mine, theirs in zip(self.param_groups, self.first, state_dict["first"], strict=False):
+            if mine != theirs:
+                group["lr"] = mine
+            group["initial_lr"] = mine
 
 
 def fused_optimizers(module: nn.Module) -> list[FusedOptimizer]:
@@ -193,7 +201,6 @@ def with_tables(optimizer: torch.optim.Optimizer, module: nn.Module) -> torch.op
         module: holds collections with fused tables.
 
     Returns:
-        The optimizer itself where no table is fused.
+        An optimizer with the groups of all.
     """
-    fused = fused_optimizers(module)
-    return WithTables(optimizer, fused) if fused else optimizer
+    return WithTables(optimizer, fused_optimizers(module))

@@ -221,10 +221,10 @@ def test_tables_are_imported_into_either_backend() -> None:
     fused, plain = (
         et.from_dense({"user": WEIGHT}, planned("hash"), backend=backend) for backend in ("fbgemm", "torch")
     )
-    assert list(plain.parameters())
-    assert not list(fused.parameters())
-    for name, tensor in plain.state_dict().items():
-        assert torch.equal(tensor, fused.state_dict()[name]), name
+    assert list(et.outer_parameters(plain))
+    assert not list(et.outer_parameters(fused))
+    for name, tensor in plain.lookup.state_dict().items():
+        assert torch.equal(tensor, fused.lookup.state_dict()[name]), name
 
 
 def test_a_pattern_chooses_tables(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -82,4 +82,12 @@ class Schedule:
         """
         if self.needs_total and not math.isfinite(total):
             raise UserError(f"schedule {self.name!r} ends with training: set the Trainer's max_epochs or max_steps")
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, total))
+        return _Factors(optimizer, lambda step: self.factor(step, total))
+
+
+class _Factors(torch.optim.lr_scheduler.LambdaLR):
+    """Factors of the learning rates that were configured for this run, also where it goes on from a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands."""
+        return {name: value for name, value in super().state_dict().items() if name != "base_lrs"}
