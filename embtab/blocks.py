@@ -221,7 +221,7 @@ class Block(nn.Module):
             rows: from `rows`.
             sizes: how many ids each feature has.
             lengths: int64 [F * B] to pool bags, or None for a vector per id.
-            weights: float32 [N], or None.
+            weights: float [N], or None.
         """
         if not self.widths:
             return []
@@ -246,13 +246,13 @@ class Block(nn.Module):
         """
         parts = [next(answers) for _ in self.widths] if self.widths else [rows]
         if stride is not None:
-            parts = [per_bag(part, stride) for part in parts]
+            parts = [per_bag(part, len(self.places), stride) for part in parts]
         return self.encoding.combine(parts, self.arrays)
 
     def pool(self, vectors: Tensor, lengths: Tensor, weights: Tensor | None) -> Tensor:
-        """[F * B, D]: (weighted) sums of vectors [N, D] over bags of lengths [F * B]."""
+        """[F * B, D]: (weighted) sums of vectors [N, D] over bags of lengths [F * B], of the vectors' type."""
         if weights is not None:
-            vectors = vectors * weights.unsqueeze(-1)
+            vectors = vectors * weights.to(vectors.dtype).unsqueeze(-1)
         if len(vectors) == len(lengths) and bool((lengths == 1).all()):
             return vectors
         return torch.segment_reduce(vectors, "sum", lengths=lengths.long(), axis=0, unsafe=True)
@@ -288,6 +288,6 @@ def bases_of(plan: Plan, features: Sequence[Feature], base: Mapping[str, int]) -
     return torch.tensor([[base[name] for name in encoding.tables] for encoding in encodings], dtype=torch.int64)
 
 
-def per_bag(stacked: Tensor, stride: int) -> Tensor:
+def per_bag(stacked: Tensor, features: int, stride: int) -> Tensor:
     """[F * B, W], feature after feature, seen as [B, F, W]."""
-    return stacked.view(-1 if stride else 0, stride, stacked.shape[1]).transpose(0, 1)
+    return stacked.view(features, stride, stacked.shape[1]).transpose(0, 1)

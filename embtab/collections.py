@@ -107,7 +107,8 @@ class Collection(nn.Module):
                 elif std is not None:
                     spread = specs[name].std * (std if specs[name].relative else 1)
                     source = None if seed is None else generator(f"{space}.{name}", 0, seed)
-                    array.copy_(torch.empty(array.shape).normal_(specs[name].mean, spread, generator=source))
+                    drawn = torch.empty(array.shape, dtype=torch.float32)
+                    array.copy_(drawn.normal_(specs[name].mean, spread, generator=source))
 
     def _draw_tables(self, std: float, seed: int | None) -> None:
         """Draws each physical table once, however many features and parts share it."""
@@ -306,7 +307,7 @@ class EmbeddingBagCollection(Collection):
         """Sums [B, F, D] divided by bag lengths where a feature pools by mean; empty bags stay zero."""
         if not self.has_mean or cut.bag == 1:
             return sums
-        counts = cut.lengths.view(len(self.names), -1).t().clamp(min=1)
+        counts = cut.lengths.view(len(self.names), cut.stride).t().clamp(min=1)
         return sums / torch.where(self.get_buffer("means"), counts, 1).unsqueeze(-1)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
@@ -350,7 +351,8 @@ class EmbeddingCollection(Collection):
         ways += [JoinedRows([block], cut, self.lookup, pooled=False) for block in blocks if joins(self.lookup, block)]
         rest = [block for block in blocks if not joins(self.lookup, block)]
         if able := [block for block in once(cut, rest, self.lookup) if not block.encoding.bare]:
-            ways.append(PerDistinctId(able, cut, pooled=False))
+            # Each on its own: where some blocks' vectors are float32 and others' what autocast makes, they stay so.
+            ways += [PerDistinctId([block], cut, pooled=False) for block in able]
             rest = [block for block in rest if block not in able]
         requests = [request for way in ways for request in way.requests]
         all_rows = []
@@ -368,7 +370,7 @@ class EmbeddingCollection(Collection):
     @staticmethod
     def _cut(vectors: Tensor, places: list[int], cut: Cut) -> Iterator[tuple[int, JaggedTensor]]:
         """Vectors [N, D] of some features, feature by feature."""
-        counts = cut.lengths_of(places).view(len(places), -1)
+        counts = cut.lengths_of(places).view(len(places), cut.stride)
         for place, values, lengths in zip(places, vectors.split(cut.sizes_of(places)), counts, strict=True):
             yield place, JaggedTensor(values=values, lengths=lengths)
 

@@ -44,15 +44,16 @@ def distinct(ids: NDArray[np.int64], limit: int) -> tuple[NDArray[np.int64], NDA
 
 
 def gathered(vectors: Tensor, places: Tensor, offsets: Tensor) -> Tensor:
-    """[B, D]: the sums over bags of the vectors [U, D] of distinct ids.
+    """[B, D]: the sums over bags of the vectors [U, D] of distinct ids, of the vectors' own type.
 
     Args:
-        vectors: of the distinct ids; what autocast made of them is summed in float32.
+        vectors: of the distinct ids; those of 16 bits are summed in float32.
         places: int32 [N], where each id stands among them, bag after bag.
         offsets: int32 [B + 1], where each bag begins.
     """
-    sums: Tensor = _Gather.apply(vectors.float(), places, offsets)
-    return sums
+    wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+    sums: Tensor = _Gather.apply(wide, places, offsets)
+    return sums.to(vectors.dtype)
 
 
 class _Gather(torch.autograd.Function):
@@ -67,6 +68,6 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         from scipy.sparse import csr_array
 
-        places, offsets = (tensor.numpy() for tensor in ctx.saved_tensors)
-        holds = csr_array((np.ones(len(places), np.float32), places, offsets), shape=(len(gradient), ctx.count))
-        return torch.from_numpy(holds.T @ gradient.numpy()), None, None
+        places, offsets, above = (tensor.numpy() for tensor in (*ctx.saved_tensors, gradient))
+        holds = csr_array((np.ones(len(places), above.dtype), places, offsets), shape=(len(above), ctx.count))
+        return torch.from_numpy(holds.T @ above), None, None

@@ -33,10 +33,10 @@ class Draw:
     def rows(self, name: str, first: int, stop: int) -> Tensor:
         """float32 [stop - first, W]: the rows [first, stop) of a table."""
         table, start = self.tables[name], self.starts[name]
-        found = torch.empty(stop - first, table.width)
+        found = torch.empty(stop - first, table.width, dtype=torch.float32)
         for block in range(first // BLOCK, -(-stop // BLOCK)):
             low = block * BLOCK
-            drawn = torch.empty(min(BLOCK, table.num_rows - low), table.width)
+            drawn = torch.empty(min(BLOCK, table.num_rows - low), table.width, dtype=torch.float32)
             drawn.normal_(start.mean, start.std, generator=generator(name, block, self.seed))
             begin, end = max(first, low), min(stop, low + BLOCK)
             found[begin - first : end - first] = drawn[begin - low : end - low]

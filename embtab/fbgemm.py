@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embtab.fused import FusedOptimizer, Optimizer
-from embtab.lookup import SummingLookup, padded
+from embtab.lookup import SummingLookup, moved, padded
 from embtab.methods import Table
 
 FEW_THREADS = 4
@@ -72,6 +72,7 @@ class FbgemmLookup(SummingLookup):
         if torch.is_inference_mode_enabled():  # which the training kernel does not know
             with torch.inference_mode(False), torch.no_grad():
                 return self.sum_bags(width, rows, offsets, weights)
+        weights = None if weights is None else weights.float()
         fixed = None if weights is None else weights.detach()
         sums = self._sums(width, rows, offsets, fixed)
         if weights is None or not weights.requires_grad:
@@ -131,8 +132,12 @@ class FbgemmLookup(SummingLookup):
         return states
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FbgemmLookup:
-        """Follows `.to(device)`: the kernel is made anew there, and tables and optimizer state are copied."""
-        device = fn(torch.empty(0, device=self.device)).device
+        """Follows `.to(device)`: the kernel is made anew there, and tables and optimizer state are copied.
+
+        Raises:
+            UserError: for another type of numbers.
+        """
+        device = moved(fn, self.device, "fbgemm")
         if device != self.device:
             state = self.state_dict()
             self.device, self._kernels = device, self._made(device)
@@ -292,7 +297,7 @@ def _made_code_waits() -> bool:
     It takes seven times as much or hardly more, so that the answer is always the same on one machine.
     """
     rows = torch.arange(4096)
-    gradient = torch.ones(len(rows), 16)
+    gradient = torch.ones(len(rows), 16, dtype=torch.float32)
     optimizer, cpu = Optimizer(), torch.device("cpu")
     ways = [(_by_one, make_kernel(4096, 16, optimizer, cpu, 1)), (_by_two, make_kernel(4096, 16, optimizer, cpu, 2))]
     seconds = [float("inf")] * 2

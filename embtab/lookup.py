@@ -287,7 +287,10 @@ class TorchLookup(SummingLookup):
     def __init__(self, tables: Sequence[Table], device: torch.device | str, sparse: bool = False) -> None:
         super().__init__(tables)
         self.sparse = sparse
-        self._stacks = {width: torch.zeros(rows, width, device=device) for width, rows in self.stacked_rows.items()}
+        self._stacks = {
+            width: torch.zeros(rows, width, dtype=torch.float32, device=device)
+            for width, rows in self.stacked_rows.items()
+        }
         self.list_tables()
 
     def stack(self, width: int) -> Tensor:
@@ -306,13 +309,14 @@ class TorchLookup(SummingLookup):
 
     def sum_bags(self, width: int, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
         """Sums by torch's own embedding bag."""
+        matrix = self.matrix(width)
         return F.embedding_bag(
             rows,
-            self.matrix(width),
+            matrix,
             torch.arange(len(rows) + 1, device=rows.device) if offsets is None else offsets,
             mode="sum",
             sparse=self.sparse,
-            per_sample_weights=weights,
+            per_sample_weights=None if weights is None else weights.to(matrix.dtype),
             include_last_offset=True,
         )
 
@@ -365,6 +369,27 @@ def _split_sparse(gradient: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         torch.sparse_coo_tensor(rows[a:b].unsqueeze(0) - start, values[a:b], (size, values.shape[1]))
         for start, size, (a, b) in parts
     )
+
+
+def moved(fn: Callable[[Tensor], Tensor], device: torch.device, backend: str) -> torch.device:
+    """Where `.to(...)` of a module takes tables from a device.
+
+    Args:
+        fn: what `torch.nn.Module.to` and its like do to each tensor.
+        device: of the tables.
+        backend: which trains them in float32.
+
+    Raises:
+        UserError: when they should become numbers of another type.
+    """
+    probe = fn(torch.empty(0, dtype=torch.float32, device=device))
+    if probe.dtype != torch.float32:
+        kind = str(probe.dtype).removeprefix("torch.")
+        raise UserError(
+            f"the {backend} backend trains float32 tables, and cannot make them {kind}; use torch.autocast for a model "
+            "of less precision, or backend='torch'"
+        )
+    return probe.device
 
 
 def padded(width: int) -> int:

@@ -34,7 +34,7 @@ from torch import Tensor
 from embtab.compiler import build, in_large_pages, together
 from embtab.errors import UserError
 from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
-from embtab.lookup import Joined, Request, StackedLookup
+from embtab.lookup import Joined, Request, StackedLookup, moved
 from embtab.methods import Table
 from embtab.methods.base import ARITHMETICS, JOININGS
 
@@ -130,9 +130,9 @@ class NativeLookup(StackedLookup):
         """Stays where it is.
 
         Raises:
-            UserError: when the tables should go to another device.
+            UserError: when the tables should go to another device, or become numbers of another type.
         """
-        check_device(fn(torch.empty(0)).device)
+        check_device(moved(fn, torch.device("cpu"), "native"))
         return self
 
 

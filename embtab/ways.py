@@ -160,7 +160,11 @@ class Bare(Way):
     def vectors(self, answers: Iterator[Tensor]) -> Tensor:
         """Sums of rows [B, F, D]."""
         sums = next(answers)
-        return sums.view(self.stride, len(self.places), -1) if self.each else per_bag(sums, self.stride)
+        return (
+            sums.view(self.stride, len(self.places), sums.shape[1])
+            if self.each
+            else per_bag(sums, len(self.places), self.stride)
+        )
 
 
 class OneEach(Way):
@@ -219,7 +223,7 @@ class PerDistinctId(Way):
         bag, stride = self.cut.bag, self.cut.stride
         if bag is None:
             offsets = F.pad(self.cut.lengths_of(self.places).cumsum(0, dtype=torch.int32), (1, 0))
-            return per_bag(self._sums(answers, offsets), stride)
+            return per_bag(self._sums(answers, offsets), len(self.places), stride)
         offsets = torch.arange(0, len(self.at) + 1, bag, dtype=torch.int32)
         return self._sums(answers, offsets).view(stride, len(self.places), -1)
 
@@ -248,4 +252,4 @@ class PerBag(Way):
         if self.pools:
             return self.block.combine(self.rows, answers, self.stride)
         each = self.block.combine(self.rows, answers, None)
-        return per_bag(self.block.pool(each, self.lengths, self.weights), self.stride)
+        return per_bag(self.block.pool(each, self.lengths, self.weights), len(self.places), self.stride)

@@ -110,8 +110,8 @@ class Supernet(EmbeddingBagCollection):
         counts = torch.tensor(sizes, device=ids.device)
         spaces = self.get_buffer("owners").repeat_interleave(counts, output_size=len(ids))
         each = self.gate(rows, request.rows, spaces)
-        sums = per_bag(block.pool(each, cut.lengths, cut.weights_of(block.places)), cut.stride)
-        return self.gate.pooled(self._divided(sums, cut))
+        sums = block.pool(each, cut.lengths, cut.weights_of(block.places))
+        return self.gate.pooled(self._divided(per_bag(sums, len(block.places), cut.stride), cut))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

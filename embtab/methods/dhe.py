@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -86,7 +87,9 @@ class DHE(Encoding):
 
     def combine(self, parts: Sequence[Tensor], arrays: Mapping[str, Tensor]) -> Tensor:
         """The decoder's output for the buckets [N, hashes]."""
-        vectors = parts[0].to(arrays["weight0"].dtype) * (2 / (BUCKETS - 1)) - 1
+        kind = arrays["weight0"].dtype
+        wide = kind if kind == torch.float64 else torch.float32  # 16 bits hold no number of a bucket
+        vectors = (parts[0].to(wide) * (2 / (BUCKETS - 1)) - 1).to(kind)
         for k in range(self.layers):
             vectors = F.leaky_relu(F.linear(vectors, arrays[f"weight{k}"], arrays[f"bias{k}"]), SLOPE)
         return F.linear(vectors, arrays[f"weight{self.layers}"], arrays[f"bias{self.layers}"])
