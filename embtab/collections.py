@@ -183,7 +183,7 @@ class Collection(nn.Module):
         """Uint8, JSON: the plan's digest, and the learning rate of fused tables."""
         facts: dict[str, Any] = {"plan": self.plan.digest}
         if self.lookup.fused is not None:
-            facts |= {"lr": self.lookup.fused.settings.lr, "first_lr": self.lookup.fused.defaults["lr"]}
+            facts |= {"lr": self.lookup.fused.base_lr, "first_lr": self.lookup.fused.defaults["lr"]}
         return torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -91,7 +91,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             UserError: when it is negative or not finite.
         """
         Optimizer(self.defaults["optimizer"], lr)
-        self.param_groups[0]["lr"] = lr
+        self.param_groups[0] |= {name: lr for name in ("lr", "initial_lr") if name in self.param_groups[0]}
+
+    @property
+    def base_lr(self) -> float:
+        """The learning rate; where a schedule drives it, the one that its factors multiply."""
+        return float(self.param_groups[0].get("initial_lr", self.param_groups[0]["lr"]))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The result of the closure; the tables were updated when their gradients arose."""

@@ -200,9 +200,11 @@ class StackedLookup(Lookup):
 
     def list_tables(self) -> None:
         """Lists the tables as parameters, once the stacks are there."""
-        for name in self.tables:
+        self._of_width: dict[int, list[nn.Parameter]] = {width: [] for width in self.stacked_rows}
+        for name, table in self.tables.items():
             self.listed[name] = nn.Parameter(self.table(name))
             self.places[name] = planted(self, name, self.listed[name])
+            self._of_width[table.width].append(self.listed[name])
 
     def relist(self) -> None:
         """Lets the parameters be views of the stacks again, once these were made anew."""
@@ -211,7 +213,7 @@ class StackedLookup(Lookup):
 
     def listed_of(self, width: int) -> list[nn.Parameter]:
         """The parameters of the tables of a width, in the order in which they are stacked."""
-        return [parameter for name, parameter in self.listed.items() if self.tables[name].width == width]
+        return self._of_width[width]
 
     def frozen(self) -> set[str]:
         """The names of the tables that backward leaves as they are."""

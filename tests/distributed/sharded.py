@@ -90,6 +90,40 @@ def learner(case: Case, optimizer: str, seed: int = 0) -> Learner:
     return Learner(tables)
 
 
+class Scheduled(Learner):
+    """The same, whose learning rates, those of the tables too, fall to a tenth every second step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = et.with_tables(torch.optim.SGD(et.outer_parameters(self), lr=self.lr), self)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def set_up(case: Case, optimizer: str, how: str) -> Learner:
+    """A module whose tables are scheduled, frozen, or given a learning rate before training."""
+    module = learner(case, optimizer)
+    if how == "scheduled":
+        module = Scheduled(module.tables)
+        torch.nn.init.constant_(module.head.weight, 0.1)
+    elif how == "frozen":
+        module.tables.requires_grad_(False)
+    else:
+        module.tables.set_learning_rate(TABLE_LR / 4)
+    return module
+
+
+def run_set_up(rank: int, world_size: int, port: int, folder: str, runs: list[tuple[str, str, str, str]]) -> None:
+    """Trains every (case, optimizer, sharding plan, how); rank 0 writes losses and tables."""
+    enter(rank, world_size, port)
+    found = {}
+    for name, optimizer, plan, how in runs:
+        module = set_up(next(case for case in ALL if case.name == name), optimizer, how)
+        fit(module, slice(None), strategy(plan), world_size)
+        found[name, optimizer, plan, how] = module.losses, gathered(module.tables).lookup.state_dict()
+    if rank == 0:
+        torch.save(found, Path(folder) / "set_up.pt")
+
+
 class Exact(Learner):
     """The same where no sum is ever rounded: every number is a small multiple of a power of two, and the loss is linear
     in the scores. Whatever differs from one process to many, but for the order of additions, shows in full.
