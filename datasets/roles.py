@@ -102,6 +102,11 @@ class Csv:
     """None: a tab in .tsv files, a comma in all others."""
     columns: tuple[str, ...] = ()
     """Names of the columns of files without a header."""
+    quote: str | None = None
+    """'' where quotes are part of the text; '"' where they hold values together, even over lines; None: the latter, but
+    what may have been meant otherwise is refused."""
+    escape: str | None = None
+    """Stands before quotes within quotes; None: they are doubled."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,10 @@ def _check(roles: Roles) -> None:
     _check_split(roles)
     if roles.csv.delimiter is not None and len(roles.csv.delimiter.encode()) != 1:
         raise UserError(f"csv: delimiter must be one character, got {roles.csv.delimiter!r}")
+    if roles.csv.quote not in (None, "", '"'):
+        raise UserError(f"csv: quote must be '\"', or '' where quotes are text; got {roles.csv.quote!r}")
+    if roles.csv.escape is not None and (len(roles.csv.escape.encode()) != 1 or roles.csv.escape == '"'):
+        raise UserError(f"csv: escape must be one character and not the quote, got {roles.csv.escape!r}")
 
 
 def _check_feature(feature: Ids, known: Mapping[str, Ids]) -> None:

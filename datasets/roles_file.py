@@ -93,7 +93,7 @@ def _roles(given: Any, name: str) -> Roles:
         dense=tuple(dense),
         user=None if given.get("user") is None else _name("user", given["user"]),
         time=time,
-        csv=_filled(Csv, "csv", given.get("csv") or {}, ("delimiter", "columns")),
+        csv=_filled(Csv, "csv", given.get("csv") or {}, ("delimiter", "columns", "quote", "escape")),
         name=_name("name", given.get("name", name)),
     )
 

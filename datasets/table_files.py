@@ -6,12 +6,13 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from csv import QUOTE_MINIMAL, QUOTE_NONE, reader
 from csv import Error as CsvError
-from csv import reader
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -21,12 +22,13 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from embtab.datasets.ahead import ahead
 from embtab.datasets.criteo import numeric_order
+from embtab.datasets.quotes import RowBlocks
 from embtab.datasets.roles import Csv
 from embtab.errors import DataError, shown
 
 SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".csv.gz", ".tsv.gz")
-_BLOCK_BYTES = 8 << 20  # of text
 _BLOCK_ROWS = 65_536  # of Parquet
 
 
@@ -104,16 +106,48 @@ class TableFile:
         return "unknown"
 
     def _of_text(self, wanted: list[str], csv: Csv, bar: tqdm) -> Iterator[Piece]:
+        first, seen = (1 if csv.columns else 2), 0
+        with self.path.open("rb") as disk:
+            for rows in self._parsed(disk, wanted, csv, first):
+                yield Piece(rows, self.path, None, first)
+                first += rows.height
+                bar.update(disk.tell() - seen)
+                seen = disk.tell()
+
+    def _parsed(self, disk: BinaryIO, wanted: list[str], csv: Csv, first: int) -> Iterator[pl.DataFrame]:
+        """Block by block: pyarrow's reader of streams calls Python from a thread that outlives an error, and aborts."""
+        path, rows, delimiter = self.path, first, _delimiter(self.path, csv)
         convert = pc.ConvertOptions(
             include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
         )
-        first, seen = (1 if csv.columns else 2), 0
-        with self.path.open("rb") as disk:
-            for batch in _text_batches(self.path, disk, csv, convert, first):
-                yield Piece(pl.DataFrame(pl.from_arrow(batch)), self.path, None, first)
-                first += batch.num_rows
-                bar.update(disk.tell() - seen)
-                seen = disk.tell()
+        parse = pc.ParseOptions(
+            delimiter=delimiter,
+            quote_char=False if csv.quote == "" else '"',
+            double_quote=csv.escape is None,
+            escape_char=csv.escape or False,
+            newlines_in_values=csv.quote != "",
+        )
+        try:
+            header = 0 if csv.columns else 1
+            blocks = iter(RowBlocks(_unpacked(disk), path, delimiter, csv, len(self.columns)))
+            for block in takewhile(len, ahead(repeat(partial(next, blocks, b"")), 1)):
+                read = pc.ReadOptions(
+                    block_size=len(block) + 1, column_names=list(self.columns), skip_rows_after_names=header
+                )
+                found = pl.DataFrame(pl.from_arrow(pc.read_csv(pa.py_buffer(block), read, parse, convert)))
+                header = 0
+                if found.height:
+                    yield found
+                rows += found.height
+        except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+            place, message = f"{path}, line {rows} or below", f"cannot be read as text: {_line(error)}"
+            if uneven := re.search(r"Expected (\d+) columns, got (\d+): (.*)", str(error), re.DOTALL):
+                message = f"has {uneven[2]} columns, not {uneven[1]}: {shown(uneven[3])}"
+                place = _place(path, partial(_has_columns, int(uneven[2]), path, csv, uneven[3])) or place
+            elif "UTF8" in str(error):
+                message = "is not valid UTF-8; write the text in that encoding"
+                place = _place(path, lambda line: "\ufffd" in line.decode(errors="replace")) or place
+            raise DataError(f"{place}: {message}") from error
 
 
 def find_files(raw: Sequence[Path], csv: Csv) -> list[TableFile]:
@@ -163,7 +197,7 @@ def _opened(path: Path, name: str, csv: Csv) -> TableFile:
                 raise DataError(f"{path}: is not a Parquet file, in spite of its name; write it again")
             else:
                 text = io.TextIOWrapper(_unpacked(disk), encoding="utf-8-sig", errors="replace", newline="")
-                names = csv.columns or next(reader(text, delimiter=_delimiter(path, csv)), [])
+                names = csv.columns or _first_row(text, path, csv)
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, CsvError) as error:
         raise DataError(f"{path}: cannot be read: {_line(error)}") from error
     if twice := [column for column in names if list(names).count(column) > 1]:
@@ -179,38 +213,19 @@ def _types(schema: pa.Schema) -> dict[str, pl.DataType]:
     return {**dict.fromkeys(schema.names, pl.Unknown()), **pl.DataFrame(pl.from_arrow(known.empty_table())).schema}
 
 
-def _text_batches(
-    path: Path, disk: BinaryIO, csv: Csv, convert: pc.ConvertOptions, first: int
-) -> Iterator[pa.RecordBatch]:
-    rows = first
-    try:
-        for batch in _reader(path, disk, csv, convert):
-            yield batch
-            rows += batch.num_rows
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
-        place, message = f"{path}, line {rows} or below", f"cannot be read as text: {_line(error)}"
-        if uneven := re.search(r"Expected (\d+) columns, got (\d+): (.*)", str(error), re.DOTALL):
-            message = f"has {uneven[2]} columns, not {uneven[1]}: {shown(uneven[3])}"
-            place = _place(path, partial(_has_columns, int(uneven[2]), _delimiter(path, csv), uneven[3])) or place
-        elif "UTF8" in str(error):
-            message = "is not valid UTF-8; write the text in that encoding"
-            place = _place(path, lambda line: "\ufffd" in line.decode(errors="replace")) or place
-        raise DataError(f"{place}: {message}") from error
-
-
-def _has_columns(count: int, delimiter: str, text: str, line: bytes) -> bool:
+def _has_columns(count: int, path: Path, csv: Csv, text: str, line: bytes) -> bool:
     """Whether a line begins as pyarrow quotes it (not always in full), and has so many columns."""
     found = line.decode(errors="replace").rstrip("\r\n")
-    return found.startswith(text[:90]) and len(next(reader([found], delimiter=delimiter), [])) == count
+    return found.startswith(text[:90]) and len(_first_row([found], path, csv)) == count
 
 
-def _reader(path: Path, disk: BinaryIO, csv: Csv, convert: pc.ConvertOptions) -> pc.CSVStreamingReader:
-    return pc.open_csv(
-        _unpacked(disk),
-        read_options=pc.ReadOptions(block_size=_BLOCK_BYTES, column_names=list(csv.columns) or None),
-        parse_options=pc.ParseOptions(delimiter=_delimiter(path, csv), newlines_in_values=True),
-        convert_options=convert,
+def _first_row(lines: Iterable[str], path: Path, csv: Csv) -> list[str]:
+    quoting = QUOTE_NONE if csv.quote == "" else QUOTE_MINIMAL
+    escaped = csv.escape is not None
+    rows = reader(
+        lines, delimiter=_delimiter(path, csv), quoting=quoting, escapechar=csv.escape, doublequote=not escaped
     )
+    return next(rows, [])
 
 
 def _delimiter(path: Path, csv: Csv) -> str:
