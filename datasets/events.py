@@ -155,7 +155,7 @@ def _cut(file: Path, number: int, line: str, separator: str, columns: int) -> li
 def _read_taobao(file: Path) -> Events:
     columns = ("user", "item", "category", "behaviour", "time")
     try:
-        table = pl.read_csv(file, has_header=False, infer_schema=False)
+        table = pl.read_csv(file, has_header=False, infer_schema=False, quote_char=None)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{file}: not a comma-separated file: {str(error).splitlines()[0]}") from error
     if table.width != len(columns):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat, takewhile
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 import polars as pl
 import pyarrow as pa
@@ -220,7 +220,7 @@ def _has_columns(count: int, path: Path, csv: Csv, text: str, line: bytes) -> bo
 
 
 def _first_row(lines: Iterable[str], path: Path, csv: Csv) -> list[str]:
-    quoting = QUOTE_NONE if csv.quote == "" else QUOTE_MINIMAL
+    quoting: Literal[0, 3] = QUOTE_NONE if csv.quote == "" else QUOTE_MINIMAL
     escaped = csv.escape is not None
     rows = reader(
         lines, delimiter=_delimiter(path, csv), quoting=quoting, escapechar=csv.escape, doublequote=not escaped
