@@ -36,6 +36,9 @@ class FbgemmLookup(SummingLookup):
     row-wise Adagrad averages squares over the padded width Wp: gradients times sqrt(Wp / W), and a learning rate times
     sqrt(W / Wp), make the moments and the step those of the definition.
 
+    Each call of a collection is a step of its own: two calls before one backward are two steps, one after the other,
+    which are one with SGD, and not with the others; the native backend makes one of them.
+
     Args:
         tables: the physical tables.
         device: where they live.

@@ -262,7 +262,13 @@ class SummingLookup(StackedLookup):
 
 
 def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows, bag offsets (None where every row is a bag) and weights of several requests, one after the other."""
+    """Rows, bag offsets (None where every row is a bag) and weights of several requests, one after the other.
+
+    Raises:
+        UserError: where weights or lengths do not fit the rows.
+    """
+    for request in group:
+        _check(request)
     rows = _cat([request.rows for request in group])
     offsets = None
     if any(request.lengths is not None for request in group):
@@ -270,8 +276,41 @@ def _joined(group: Sequence[Request]) -> tuple[Tensor, Tensor | None, Tensor | N
         offsets = F.pad(lengths.cumsum(0), (1, 0))
     if all(request.weights is None for request in group):
         return rows, offsets, None
-    ones = [r.weights if r.weights is not None else torch.ones(len(r.rows), device=rows.device) for r in group]
-    return rows, offsets, _cat(ones)
+    one = next(request.weights for request in group if request.weights is not None)
+    factors = [one.new_ones(len(r.rows)) if r.weights is None else r.weights for r in group]
+    return rows, offsets, _cat(factors)
+
+
+def _check(request: Request) -> None:
+    """Makes sure that a kernel reads no further than the request goes; lengths only on a CPU, which need not wait."""
+    check_weights(request.weights, len(request.rows), request.width)
+    if request.lengths is not None and not request.lengths.is_cuda:
+        check_lengths(request.lengths, len(request.rows), request.width)
+
+
+def check_weights(weights: Tensor | None, ids: int, width: int) -> None:
+    """Makes sure that there is one weight for each id.
+
+    Raises:
+        UserError: where there is not.
+    """
+    if weights is not None and weights.shape != (ids,):
+        raise UserError(
+            f"rows of width {width}: weights of shape {list(weights.shape)} for {ids} ids; one for each is needed"
+        )
+
+
+def check_lengths(lengths: Tensor, ids: int, width: int) -> None:
+    """Makes sure that bags hold all ids between them.
+
+    Raises:
+        UserError: where they do not.
+    """
+    least, total = (int(lengths.min()), int(lengths.sum())) if len(lengths) else (0, 0)
+    if least < 0 or total != ids:
+        raise UserError(
+            f"rows of width {width}: lengths of bags (the least {least}) add up to {total}, and there are {ids} ids"
+        )
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

@@ -41,6 +41,8 @@ struct Batch {
   const int64_t *columns;  // [F] where a feature's vectors stand among those of a sample
   int64_t across;          // vectors of a sample, C
   int64_t first;           // number at which the vectors [B, C, V] begin; V = K * W where rows stand side by side, else W
+  const float *saved;      // [K, N, W] the rows as they were read, where the tables have changed since; or null
+  const float *gradient;   // in an update: that of the vectors of all batches that were read together
 };
 
 struct Tables {
@@ -63,6 +65,7 @@ enum Optimizer { SGD, ADAGRAD, ROWWISE_ADAGRAD };
 constexpr int64_t AHEAD = 16;        // rows between asking for one and needing it
 constexpr int64_t LINE = 64;         // bytes that come together
 constexpr size_t LARGE_PAGE = 1 << 21;
+constexpr int64_t TOGETHER = 1 << 12;  // bags whose rows are looked at before any is read
 constexpr int64_t MANY = 1 << 20;    // bytes of vectors from which on they are not kept in the caches
 constexpr int64_t MOST_SUMS = 1 << 24;  // numbers of a table each of whose rows may have a sum of its own
 
@@ -184,12 +187,18 @@ inline void copy(float *out, const float *row, float weight, W width) {
   for (; x < width; x++) out[x] = weight * row[x];
 }
 
+// The row that is read at a place [K, N], as it was then: it still is in the table, or was saved.
+template <bool SAVED, class W>
+inline const float *row_read(const Batch &batch, const float *table, int64_t at, W width) {
+  return SAVED ? batch.saved + at * width : table + batch.rows[at] * width;
+}
+
 // Gives use(x, product) the products of numbers (or of ones), a weight and the rows of an id, but for one part's:
 // `without`, or -1.
-template <class Parts, class W, class Use>
+template <bool SAVED, class Parts, class W, class Use>
 inline void multiply(const float *numbers, float weight, const Batch &batch, const float *table, int64_t id,
                      int64_t without, Parts parts, W width, Use use) {
-  const auto row_of = [&](int64_t k) { return table + batch.rows[k * batch.ids + id] * width; };
+  const auto row_of = [&](int64_t k) { return row_read<SAVED>(batch, table, k * batch.ids + id, width); };
   const Eight ones = {1, 1, 1, 1, 1, 1, 1, 1};
   int64_t x = 0;
   for (; x + 8 <= width; x += 8) {
@@ -307,6 +316,11 @@ inline void rows_of(int64_t arithmetic, const int64_t *ids, int64_t count, int64
   rows_by(divided_by(c0), divided_by(by), arithmetic, ids, count, base, c, rows);
 }
 
+// Whether ids may be divided by a method's constants.
+inline bool divides(int64_t arithmetic, const int64_t *c) {
+  return (arithmetic != QUOTIENT && arithmetic != DIGIT) || (c[0] > 0 && (arithmetic == QUOTIENT || c[1] > 0));
+}
+
 // Large pages for memory that will be read at random.
 inline void in_large_pages(void *memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
@@ -412,6 +426,17 @@ class Distinct {
   int64_t count_ = 0;
 };
 
+// Whether the tables have all rows of the ids from .. to.
+bool all_known(const Batch &batch, int64_t from, int64_t to, int64_t count) {
+  uint64_t wrong = 0;  // its highest bit: of a row below zero, or of one that is count or more
+  for (int64_t k = 0; k < batch.parts; k++) {
+    const int64_t *rows = batch.rows + k * batch.ids;
+    for (int64_t id = from; id < to; id++)
+      wrong |= static_cast<uint64_t>(rows[id]) | (static_cast<uint64_t>(count - 1) - static_cast<uint64_t>(rows[id]));
+  }
+  return wrong >> 63 == 0;
+}
+
 // Whether vectors are so many that those who read them will not find them in a cache anyway, and fill whole lines.
 inline bool past_the_caches(const Batch &batch, const float *vectors, int64_t width) {
   const int64_t bytes = rows_beside(batch) * width * static_cast<int64_t>(sizeof(float));
@@ -439,7 +464,7 @@ void write_products(const Batch batch, const float *table, float *vectors, int64
   each_bag(batch, from, to, [=](int64_t id, int64_t, int64_t vector) {
     for (int64_t k = 0; k < parts && id + AHEAD < batch.ids; k++)
       ask<false>(table + batch.rows[k * batch.ids + id + AHEAD] * width, width);
-    multiply(nullptr, batch.weights ? batch.weights[id] : 1.0f, batch, table, id, -1, parts, width,
+    multiply<false>(nullptr, batch.weights ? batch.weights[id] : 1.0f, batch, table, id, -1, parts, width,
              [=](int64_t x, auto product) { write<PAST_THE_CACHES>(vectors + vector * width + x, product); });
   });
 }
@@ -463,7 +488,7 @@ void write_sums(const Batch batch, const float *table, float *vectors, int64_t f
         if (!multiplied) add(sum + (beside > 1 ? k * width : 0), table + rows[id] * width, weight, width);
       }
       if (multiplied)
-        multiply(nullptr, weight, batch, table, id, -1, parts, width,
+        multiply<false>(nullptr, weight, batch, table, id, -1, parts, width,
                  [=](int64_t x, auto product) { add_to(sum + x, product); });
     }
     for (int64_t k = 0; k < beside; k++)
@@ -494,8 +519,7 @@ void write_vectors(const Batch batch, const float *table, float *vectors, int64_
 class Update {
  public:
   // Reads the batches and, for products, the tables; all callers have to be through before one goes on.
-  void sum_up(const Batch *batches, int64_t count, const Tables &tables, const float *gradient, int64_t part,
-              int64_t parts) {
+  void sum_up(const Batch *batches, int64_t count, const Tables &tables, int64_t part, int64_t parts) {
     int64_t read = 0;
     for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
     each_has_a_sum_ = tables.count <= 2 * read && tables.count * tables.width <= MOST_SUMS;
@@ -507,7 +531,7 @@ class Update {
       rows_.room(tables.count + 1);
       sums_.room(tables.count * tables.width);
       for (int64_t i = 0; i < count; i++)
-        add_up(batches[i], tables, gradient, [=, rows = batches[i].rows, marked = marked_.at(0)](int64_t at) {
+        add_up(batches[i], tables, [=, rows = batches[i].rows, marked = marked_.at(0)](int64_t at) {
           const bool is_mine = mine(rows[at]);
           if (is_mine) marked[rows[at]] = 1;
           return is_mine ? rows[at] : NOT_MINE;
@@ -522,7 +546,7 @@ class Update {
     sums_.room(distinct_.count() * tables.width + 1);
     slots = rows_.at(0);
     for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
-      add_up(batches[i], tables, gradient, [=](int64_t at) { return int64_t{slots[at]}; });
+      add_up(batches[i], tables, [=](int64_t at) { return int64_t{slots[at]}; });
   }
 
   void run(const Tables &tables) {
@@ -542,32 +566,38 @@ class Update {
  private:
   // Adds what reaches the rows of a batch to their sums, whose places slot_of says.
   template <class Slot>
-  void add_up(const Batch batch, const Tables &tables, const float *gradient, Slot slot_of) {
+  void add_up(const Batch batch, const Tables &tables, Slot slot_of) {
     with_width(tables.width, [&](auto width) {
-      with_parts(batch.parts, [&](auto parts) { add_up(batch, tables.rows, gradient, slot_of, parts, width); });
+      with_parts(batch.parts, [&](auto parts) {
+        if (batch.saved)
+          add_up<true>(batch, tables.rows, slot_of, parts, width);
+        else
+          add_up<false>(batch, tables.rows, slot_of, parts, width);
+      });
     });
   }
 
-  template <class Slot, class Parts, class W>
-  void add_up(const Batch batch, const float *table, const float *gradient, Slot slot_of, Parts parts, W width) {
+  template <bool SAVED, class Slot, class Parts, class W>
+  void add_up(const Batch batch, const float *table, Slot slot_of, Parts parts, W width) {
     const bool multiplied = batch.op == PRODUCT && parts > 1;
     const int64_t beside = rows_beside(batch), next = (batch.offsets ? 1 : AHEAD) * batch.across;
+    const float *gradient = batch.gradient + batch.first;
     by_feature(batch, 0, batch.features * batch.bags, [=, sums = sums_.at(0)](int64_t id, int64_t vector) {
       const float weight = batch.weights ? batch.weights[id] : 1.0f;
-      const float *above = gradient + batch.first + vector * beside * width;
+      const float *above = gradient + vector * beside * width;
       ask<false>(above + next * beside * width, beside * width);
       for (int64_t k = 0; k < parts; k++) {
         const int64_t at = k * batch.ids + id;
         if (id + AHEAD < batch.ids) {
           const int64_t later = slot_of(at + AHEAD);
           if (later != NOT_MINE) ask<true>(sums + later * width, width);
-          if (multiplied) ask<false>(table + batch.rows[at + AHEAD] * width, width);
+          if (multiplied) ask<false>(row_read<SAVED>(batch, table, at + AHEAD, width), width);
         }
         const int64_t slot = slot_of(at);
         if (slot == NOT_MINE) continue;
         float *sum = sums + slot * width;
         if (multiplied)
-          multiply(above, weight, batch, table, id, k, parts, width,
+          multiply<SAVED>(above, weight, batch, table, id, k, parts, width,
                    [=](int64_t x, auto product) { add_to(sum + x, product); });
         else
           add(sum, above + (beside > 1 ? k * width : 0), weight, width);
@@ -611,9 +641,11 @@ std::unique_ptr<Update> taken() {
 extern "C" {
 
 // rows [K, N] of ids [N], of which features have sizes [F], one feature after the other. constants [F, K, 3]; bases
-// [F, K]: what a table's rows begin with. Ids that are divided are not below zero.
-void embtab_place_rows(int64_t arithmetic, const int64_t *ids, const int64_t *sizes, int64_t features, int64_t parts,
-                       const int64_t *bases, const int64_t *constants, int64_t *rows) {
+// [F, K]: what a table's rows begin with. 1 where ids were to be divided by what is not above zero.
+int32_t embtab_place_rows(int64_t arithmetic, const int64_t *ids, const int64_t *sizes, int64_t features, int64_t parts,
+                          const int64_t *bases, const int64_t *constants, int64_t *rows) {
+  for (int64_t part = 0; part < features * parts; part++)
+    if (!divides(arithmetic, constants + 3 * part)) return 1;
   for (int64_t k = 0; k < parts; k++) {
     const int64_t *next = ids;
     for (int64_t f = 0; f < features; f++) {
@@ -622,18 +654,36 @@ void embtab_place_rows(int64_t arithmetic, const int64_t *ids, const int64_t *si
       next += sizes[f], rows += sizes[f];
     }
   }
+  return 0;
 }
 
-// Vectors [B, C, V] in out: the sums over the bags from .. to of F * B.
-void embtab_sum_bags(const Batch *given, const Tables *tables, float *out, int64_t from, int64_t to) {
+// Offsets [count + 1] of bags of some lengths. 1 where a length is below zero, or they do not add up to `ids`.
+int32_t embtab_offsets(const int64_t *lengths, int64_t count, int64_t ids, int64_t *offsets) {
+  offsets[0] = 0;
+  for (int64_t bag = 0; bag < count; bag++) {
+    if (lengths[bag] < 0 || lengths[bag] > ids - offsets[bag]) return 1;
+    offsets[bag + 1] = offsets[bag] + lengths[bag];
+  }
+  return offsets[count] != ids;
+}
+
+// Vectors [B, C, V] in out: the sums over the bags from .. to of F * B. 1 where a row is none of the tables'.
+int32_t embtab_sum_bags(const Batch *given, const Tables *tables, float *out, int64_t from, int64_t to) {
   const Batch batch = *given;
   float *vectors = out + batch.first;
-  with_width(tables->width, [=, table = tables->rows](auto width) {
-    if (past_the_caches(batch, vectors, width))
-      write_vectors<true>(batch, table, vectors, from, to, width);
-    else
-      write_vectors<false>(batch, table, vectors, from, to, width);
-  });
+  bool known = true;
+  // Some bags at a time, whose rows stay in the cache from the look at them until they are read.
+  for (int64_t start = from; known && start < to; start += TOGETHER) {
+    const int64_t stop = std::min(to, start + TOGETHER);
+    known = all_known(batch, start_of(batch, start), start_of(batch, stop), tables->count);
+    if (known) with_width(tables->width, [=, table = tables->rows](auto width) {
+      if (past_the_caches(batch, vectors, width))
+        write_vectors<true>(batch, table, vectors, start, stop, width);
+      else
+        write_vectors<false>(batch, table, vectors, start, stop, width);
+    });
+  }
+  return !known;
 }
 
 // out [N]: the gradients of the weights of the bags from .. to; gradient: that of the vectors.
@@ -647,7 +697,8 @@ void embtab_weight_gradients(const Batch *given, const Tables *tables, const flo
     for (int64_t x = 0; x < width; x++) {
       float product = 1;
       for (int64_t k = 0; k < batch.parts; k++) {
-        const float value = tables->rows[batch.rows[k * batch.ids + id] * width + x];
+        const int64_t at = k * batch.ids + id;
+        const float value = batch.saved ? batch.saved[at * width + x] : tables->rows[batch.rows[at] * width + x];
         if (batch.op == PRODUCT)
           product *= value;
         else
@@ -660,29 +711,26 @@ void embtab_weight_gradients(const Batch *given, const Tables *tables, const flo
 }
 
 // The optimizer's step begins, for one of `parts` callers: who gets null has no memory left, and changed nothing.
-void *embtab_begin_update(const Batch *batches, int64_t count, const Tables *tables, const float *gradient,
-                          int64_t part, int64_t parts) {
+void *embtab_begin_update(const Batch *batches, int64_t count, const Tables *tables, int64_t part, int64_t parts) {
   try {
     std::unique_ptr<Update> update = taken();
-    update->sum_up(batches, count, *tables, gradient, part, parts);
+    update->sum_up(batches, count, *tables, part, parts);
     return update.release();
   } catch (const std::bad_alloc &) {
     return nullptr;
   }
 }
 
-// The step itself, once all callers have begun; or, without tables, none. 1 where memory did not suffice.
-int32_t embtab_end_update(void *begun, const Tables *tables) {
+// The step itself, once all callers have begun; or, without tables, none.
+void embtab_end_update(void *begun, const Tables *tables) {
   std::unique_ptr<Update> update(static_cast<Update *>(begun));
+  if (!tables) return;
+  update->run(*tables);
   try {
-    if (!tables) return 0;
-    update->run(*tables);
     const std::lock_guard<std::mutex> lock(idle_lock);
     idle.push_back(std::move(update));
-  } catch (const std::bad_alloc &) {
-    return 1;
+  } catch (const std::bad_alloc &) {  // the step is done; the next one takes memory anew
   }
-  return 0;
 }
 
 }  // extern "C"

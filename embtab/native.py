@@ -17,32 +17,27 @@ with any number of threads, on any processor.
 
 from __future__ import annotations
 
-import ctypes
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import pairwise
-from pathlib import Path
+from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from embtab.compiler import build, in_large_pages, together
+from embtab.compiler import in_large_pages
 from embtab.errors import UserError
-from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
-from embtab.lookup import Joined, Request, StackedLookup, moved
+from embtab.fused import FusedOptimizer, Optimizer
+from embtab.lookup import Request, StackedLookup, moved
 from embtab.methods import Table
-from embtab.methods.base import ARITHMETICS, JOININGS
+from embtab.native_loop import CTables, Read, library, placed_rows, tables_of, update
 
 MAX_ROWS = 2**32
 """Rows of one width that an update can tell apart."""
-
-WORTH_A_THREAD = 1 << 16
-"""Numbers read for each thread, at least; a thread costs as much as some thousands of them."""
 
 
 class NativeLookup(StackedLookup):
@@ -61,7 +56,7 @@ class NativeLookup(StackedLookup):
 
     def __init__(self, tables: Sequence[Table], fused: FusedOptimizer) -> None:
         super().__init__(tables, fused)
-        _library()
+        library()
         for width, rows in self.stacked_rows.items():
             if rows >= MAX_ROWS:
                 raise UserError(
@@ -76,12 +71,7 @@ class NativeLookup(StackedLookup):
         self, arithmetic: str, ids: Tensor, sizes: Sequence[int], bases: Tensor, constants: Tensor
     ) -> Tensor:
         """In one pass; see the base class."""
-        ids, rows = ids.contiguous(), ids.new_empty(bases.shape[1], len(ids))
-        counts = (ctypes.c_int64 * len(sizes))(*sizes)
-        pointers = bases.data_ptr(), constants.data_ptr(), rows.data_ptr()
-        kind = ARITHMETICS.index(arithmetic)
-        _library().embtab_place_rows(kind, ids.data_ptr(), counts, *bases.shape, *pointers)
-        return rows
+        return placed_rows(arithmetic, ids, sizes, bases, constants)
 
     def stack(self, width: int) -> Tensor:
         """The matrix of this width."""
@@ -92,7 +82,7 @@ class NativeLookup(StackedLookup):
         answers: dict[int, Tensor] = {}
         for width in dict.fromkeys(request.width for request in requests):
             chosen = [i for i, request in enumerate(requests) if request.width == width]
-            read = _Read([requests[i] for i in chosen])
+            read = Read([requests[i] for i in chosen])
             weights = [requests[i].weights for i in chosen]
             update = self._update(width)
             trained = any(parameter.requires_grad for parameter in self.listed_of(width))
@@ -149,6 +139,8 @@ def check_device(device: torch.device) -> None:
 class _Stack:
     """The tables of one width, as one matrix.
 
+    One backward pass is one step of the optimizer, however often the tables were read for it, as with torch.optim.
+
     Attributes:
         rows: float32 [R, W].
         moments: of the optimizer: float32 [R], [R, W] or [0].
@@ -158,9 +150,62 @@ class _Stack:
         shapes = {"sgd": (0,), "adagrad": (count, width), "rowwise_adagrad": (count,)}
         self.rows = _zeros((count, width))
         self.moments = _zeros(shapes[optimizer.name])
+        self._forget()
+
+    def _forget(self) -> None:
+        # Reads whose backward needs the rows as they were, with the version of the matrix that they read.
+        self._awaiting: WeakKeyDictionary[Read, int] = WeakKeyDictionary()
+        # The passes that run, by thread. The pass's owner is autograd, so that none outlives an error.
+        self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def as_struct(self, settings: Optimizer | None = None) -> CTables:
+        """As native.cpp takes them; to be read only, without settings of an optimizer."""
+        return tables_of(self.rows, self.moments, settings)
+
+    def await_rows(self, read: Read) -> None:
+        """From now on steps leave a read the rows as it found them."""
+        self._awaiting[read] = self.rows._version
+
+    def check_rows(self, read: Read) -> None:
+        """Makes sure that a read still has the rows as it found them.
+
+        Raises:
+            UserError: where others than a step have written to the tables.
+        """
+        if self._awaiting.get(read, self.rows._version) != self.rows._version:
+            raise UserError(
+                f"the tables of width {self.rows.shape[1]} were written to between forward and backward, whose "
+                "gradients need the rows that forward has read; write to them after backward"
+            )
+
+    def let_go(self, read: Read) -> None:
+        """A read needs its rows no longer."""
+        self._awaiting.pop(read, None)
+
+    def passing(self) -> _Pass:
+        """The backward pass of this thread; of one within another (checkpoints), the outer one."""
+        thread = threading.get_ident()
+        found = self._passes.get(thread)
+        if found is None or found.ended:
+            found = self._passes[thread] = _Pass(self)
+            torch.autograd.Variable._execution_engine.queue_callback(found.end)  # type: ignore[attr-defined]
+        return found
+
+    def save_awaited(self) -> None:
+        """The rows are about to change: reads that need them get them as they are."""
+        for read in list(self._awaiting):
+            read.save(self.rows)
+            self.let_go(read)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Update:
     """What backward does to the tables that were read.
 
@@ -171,6 +216,22 @@ class _Update:
 
     fused: FusedOptimizer
     frozen: Tensor | None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Update) or self.fused is not other.fused:
+            return False
+        if self.frozen is None or other.frozen is None:
+            return self.frozen is other.frozen
+        return torch.equal(self.frozen, other.frozen)
+
+    def step(self, stack: _Stack, reads: Sequence[tuple[Read, Tensor]]) -> None:
+        """One step on all rows that were read, by the gradients of the answers."""
+        settings = self.fused.settings
+        most = settings.max_gradient
+        if most is not None:
+            reads = [(read, gradient.clamp(-most, most)) for read, gradient in reads]
+        with self.sparing(stack, [rows for read, _ in reads for rows in read.rows]):
+            update(stack.as_struct(settings), reads)
 
     @contextmanager
     def sparing(self, stack: _Stack, rows: Sequence[Tensor]) -> Iterator[None]:
@@ -187,12 +248,34 @@ class _Update:
             matrix[spared] = values
 
 
+class _Pass:
+    """The gradients that reach one stack in one backward pass."""
+
+    def __init__(self, stack: _Stack) -> None:
+        self.stack, self.ended = stack, False
+        self._reads: list[tuple[_Update, Read, Tensor]] = []
+
+    def reached(self, update: _Update, read: Read, gradient: Tensor) -> None:
+        """A gradient has reached what was read."""
+        self._reads.append((update, read, gradient))
+
+    def end(self) -> None:
+        """The pass is over: one step by all gradients; or several, where tables were frozen between the reads."""
+        self.ended, reads = True, self._reads
+        self._reads = []
+        if reads:
+            self.stack.save_awaited()
+        for kind, some in groupby(reads, key=lambda each: each[0]):
+            kind.step(self.stack, [each[1:] for each in some])
+
+
+@torch.inference_mode(False)
 def _zeros(shape: tuple[int, ...]) -> Tensor:
-    return in_large_pages(torch.empty(shape)).zero_()
+    return in_large_pages(torch.empty(shape, dtype=torch.float32)).zero_()
 
 
 class _Vectors(torch.autograd.Function):
-    """What is read -> the numbers of all answers, one after the other; backward is the optimizer's step."""
+    """What is read -> the numbers of all answers, one after the other; backward hands their gradient to the pass."""
 
     @staticmethod
     def forward(
@@ -200,146 +283,35 @@ class _Vectors(torch.autograd.Function):
         hook: Tensor,
         stack: _Stack,
         update: _Update | None,
-        read: _Read,
+        read: Read,
         *weights: Tensor | None,
     ) -> Tensor:
         ctx.stack, ctx.update, ctx.read = stack, update, read
-        numbers = torch.empty(sum(map(math.prod, read.shapes)))
-        for i in range(len(weights)):
-            read.run(i, "embtab_sum_bags", _tables(stack), numbers)
-        return numbers
+        ctx.needs_rows = (read.multiplies and update is not None) or any(ctx.needs_input_grad[4:])
+        ctx.save_for_backward(*weights)  # torch refuses those that have changed in place since
+        if torch._C._current_graph_task_id() >= 0:  # a checkpoint computes anew within a backward pass
+            stack.passing()
+        if ctx.needs_rows:
+            stack.await_rows(read)
+        return read.vectors(stack.as_struct())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, tables = gradient.contiguous(), _tables(ctx.stack)
-        of_weights: list[Tensor | None] = []
-        for i, weights in enumerate(ctx.read.weights):
-            of_weights.append(torch.empty_like(weights) if ctx.needs_input_grad[4 + i] else None)
-            if of_weights[i] is not None:
-                ctx.read.run(i, "embtab_weight_gradients", tables, gradient, of_weights[i])
-        if ctx.update is not None:
-            settings = ctx.update.fused.settings
-            most = settings.max_gradient
-            with ctx.update.sparing(ctx.stack, ctx.read.rows):
-                ctx.read.update(_tables(ctx.stack, settings), gradient if most is None else gradient.clamp(-most, most))
+        stack, read, keeps = ctx.stack, ctx.read, torch._C._autograd._get_current_graph_task_keep_graph()
+        if read is None:
+            raise RuntimeError("trying to backward through the graph a second time; the first needs retain_graph=True")
+        weights, gradient = ctx.saved_tensors, gradient.contiguous()
+        if ctx.needs_rows:
+            stack.check_rows(read)
+        of_weights = [
+            read.weight_gradients(i, stack.as_struct(), gradient) if ctx.needs_input_grad[4 + i] else None
+            for i in range(len(weights))
+        ]
+        # Tables train where all gradients are asked for, and not where some are that weights have.
+        if ctx.update is not None and torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
+            stack.passing().reached(ctx.update, read, gradient)
+        if not keeps:
+            ctx.read = None
+            stack.let_go(read)
         return None, None, None, None, *of_weights
-
-
-class _Read:
-    """What requests to tables of one width read, as `native.cpp` takes it.
-
-    Attributes:
-        shapes: of the answers, which lie one after the other.
-        answers: for each request, which of them is its.
-        weights: of the ids of each request, float32 [N] or None.
-        rows: of each request, int64 [K, N].
-    """
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.shapes: list[tuple[int, ...]] = []
-        self.answers: list[int] = []
-        self.weights: list[Tensor | None] = []
-        self.rows: list[Tensor] = []
-        self._ids = 0
-        self._kept: list[Tensor | None] = []  # so that their memory stays
-        self._batches = (_CBatch * len(requests))()
-        places: dict[int, int] = {}  # of the answers, by the identity of their targets
-        targets = []  # kept, so that no two have the same
-        for i, request in enumerate(requests):
-            rows = torch.atleast_2d(request.rows.contiguous())
-            offsets = None if request.lengths is None else F.pad(request.lengths.long().cumsum(0), (1, 0))
-            weights = None if request.weights is None else request.weights.detach().float().contiguous()
-            bags = rows.shape[1] if offsets is None else len(offsets) - 1
-            joined = request.joined or Joined("concat", torch.tensor([0]), (bags, 1, request.width))
-            shape = joined.target if request.joined else (bags, request.width)
-            if id(joined.target) not in places:
-                places[id(joined.target)] = len(self.shapes)
-                self.shapes.append(shape)
-            self.answers.append(places[id(joined.target)])
-            targets.append(joined.target)
-            self.weights.append(weights)
-            self._ids += rows.numel()
-            self.rows.append(rows)
-            self._kept += [offsets, joined.columns]
-            self._batches[i] = _CBatch(
-                rows.data_ptr(),
-                _pointer(offsets),
-                _pointer(weights),
-                rows.shape[1],
-                len(joined.columns),
-                joined.target[0],
-                len(rows),
-                JOININGS.index(joined.joining),
-                joined.columns.data_ptr(),
-                joined.target[1],
-                sum(map(math.prod, self.shapes[: self.answers[i]])),
-            )
-
-    def run(self, i: int, name: str, tables: _CTables, *tensors: Tensor) -> None:
-        """Calls a function for all bags of a request, in as many threads as are worth it."""
-        function, batch = getattr(_library(), name), ctypes.byref(self._batches[i])
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        threads, bags = self._threads(tables), self._batches[i].features * self._batches[i].bags
-        ends = [bags * part // threads for part in range(threads + 1)]
-        together([partial(function, batch, ctypes.byref(tables), *pointers, *part) for part in pairwise(ends)])
-
-    def update(self, tables: _CTables, gradient: Tensor) -> None:
-        """The optimizer's step on the rows that were read, by the gradients of the vectors."""
-        library, threads = _library(), self._threads(tables)
-        given = ctypes.byref(tables), gradient.data_ptr()
-        begin = partial(library.embtab_begin_update, self._batches, len(self._batches), *given)
-        begun = together([partial(begin, part, threads) for part in range(threads)])
-        stepped = given[0] if all(begun) else None
-        failed = together([partial(library.embtab_end_update, each, stepped) for each in begun if each])
-        if not all(begun) or any(failed):
-            raise MemoryError(f"no memory left for the update of {self._ids} rows")
-
-    def _threads(self, tables: _CTables) -> int:
-        worth = self._ids * tables.width // WORTH_A_THREAD
-        return max(1, min(torch.get_num_threads(), worth))
-
-
-class _CBatch(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("rows", "offsets", "weights")),
-        *((name, ctypes.c_int64) for name in ("ids", "features", "bags", "parts", "op")),
-        ("columns", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("across", "first")),
-    )
-
-
-class _CTables(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("rows", "moments")),
-        *((name, ctypes.c_int64) for name in ("count", "width", "optimizer")),
-        *((name, ctypes.c_float) for name in ("lr", "eps", "weight_decay")),
-    )
-
-
-def _tables(stack: _Stack, settings: Optimizer | None = None) -> _CTables:
-    """The stack as `native.cpp` takes it; to be read only, without settings of an optimizer."""
-    settings = settings or Optimizer("sgd", lr=0.0)
-    kind = OPTIMIZERS.index(settings.name)
-    pointers = stack.rows.data_ptr(), stack.moments.data_ptr()
-    return _CTables(*pointers, *stack.rows.shape, kind, settings.lr, settings.eps, settings.weight_decay)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    library = build(Path(__file__).with_suffix(".cpp"), "the native backend", "-ffp-contract=off")
-    pointer, integer, nothing = ctypes.c_void_p, ctypes.c_int64, None
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "embtab_place_rows": (nothing, [integer, *[pointer] * 2, *[integer] * 2, *[pointer] * 3]),
-        "embtab_sum_bags": (nothing, [*[pointer] * 3, *[integer] * 2]),
-        "embtab_weight_gradients": (nothing, [*[pointer] * 4, *[integer] * 2]),
-        "embtab_begin_update": (pointer, [pointer, integer, pointer, pointer, *[integer] * 2]),
-        "embtab_end_update": (ctypes.c_int32, [pointer] * 2),
-    }
-    for name, (result, arguments) in signatures.items():
-        getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
-    return library

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from laws import CASES, FEATURES, Bags, Case, single_ids
 
 import embtab as et
-from embtab import compiler, native
+from embtab import compiler, native, native_loop
 from embtab.errors import UserError
 from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
 from embtab.lookup import Joined, Request, TorchLookup
@@ -206,7 +206,7 @@ def test_a_step_is_that_of_numpy_bit_by_bit(name: str, width: int, count: int) -
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_threads_change_no_bit(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(native_loop, "WORTH_A_THREAD", 1)
     states = []
     for threads in (1, 3):
         monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
@@ -273,7 +273,7 @@ def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         NativeLookup([Table("t", 2**32, 4)], FusedOptimizer(Optimizer()))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"native backend: there is no C\+\+ compiler 'no-such-compiler'.*CXX"):
-        compiler.build(Path(native.__file__).with_suffix(".cpp"), "the native backend")
+        compiler.build(Path(native.__file__).with_name("native.cpp"), "the native backend")
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wrong = tmp_path / "wrong.cpp"
