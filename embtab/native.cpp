@@ -54,6 +54,7 @@ struct Tables {
   float lr;
   float eps;
   float weight_decay;
+  float max_gradient;  // infinite for no clamp
 };
 
 namespace {
@@ -153,6 +154,25 @@ inline void add(float *sum, const float *row, float weight, W width) {
   int64_t x = 0;
   for (; x + 8 <= width; x += 8) add_to(sum + x, weight * eight(row + x));
   for (; x < width; x++) sum[x] += weight * row[x];
+}
+
+// At most so far from zero; what is no number stays so.
+inline float clamped(float number, float most) {
+  number = number > most ? most : number;
+  return number < -most ? -most : number;
+}
+
+inline Eight clamped(Eight numbers, float most) {
+  const Eight high = Eight{} + most;
+  numbers = numbers > high ? high : numbers;
+  return numbers < -high ? -high : numbers;
+}
+
+template <class W>
+inline void add_clamped(float *sum, const float *row, float most, float weight, W width) {
+  int64_t x = 0;
+  for (; x + 8 <= width; x += 8) add_to(sum + x, weight * clamped(eight(row + x), most));
+  for (; x < width; x++) sum[x] += weight * clamped(row[x], most);
 }
 
 // Writes to whole cache lines that nobody has read, and so nobody has to read first. (Elsewhere than on x86: as ever.)
@@ -570,15 +590,17 @@ class Update {
     with_width(tables.width, [&](auto width) {
       with_parts(batch.parts, [&](auto parts) {
         if (batch.saved)
-          add_up<true>(batch, tables.rows, slot_of, parts, width);
+          add_up<true>(batch, tables, slot_of, parts, width);
         else
-          add_up<false>(batch, tables.rows, slot_of, parts, width);
+          add_up<false>(batch, tables, slot_of, parts, width);
       });
     });
   }
 
   template <bool SAVED, class Slot, class Parts, class W>
-  void add_up(const Batch batch, const float *table, Slot slot_of, Parts parts, W width) {
+  void add_up(const Batch batch, const Tables tables, Slot slot_of, Parts parts, W width) {
+    const float *table = tables.rows;
+    const float most = tables.max_gradient;
     const bool multiplied = batch.op == PRODUCT && parts > 1;
     const int64_t beside = rows_beside(batch), next = (batch.offsets ? 1 : AHEAD) * batch.across;
     const float *gradient = batch.gradient + batch.first;
@@ -598,7 +620,9 @@ class Update {
         float *sum = sums + slot * width;
         if (multiplied)
           multiply<SAVED>(above, weight, batch, table, id, k, parts, width,
-                   [=](int64_t x, auto product) { add_to(sum + x, product); });
+                   [=](int64_t x, auto product) { add_to(sum + x, clamped(product, most)); });
+        else if (most < INFINITY)
+          add_clamped(sum, above + (beside > 1 ? k * width : 0), most, weight, width);
         else
           add(sum, above + (beside > 1 ? k * width : 0), weight, width);
       }

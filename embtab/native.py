@@ -227,9 +227,6 @@ class _Update:
     def step(self, stack: _Stack, reads: Sequence[tuple[Read, Tensor]]) -> None:
         """One step on all rows that were read, by the gradients of the answers."""
         settings = self.fused.settings
-        most = settings.max_gradient
-        if most is not None:
-            reads = [(read, gradient.clamp(-most, most)) for read, gradient in reads]
         with self.sparing(stack, [rows for read, _ in reads for rows in read.rows]):
             update(stack.as_struct(settings), reads)
 

@@ -44,7 +44,7 @@ class CTables(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "moments")),
         *((name, ctypes.c_int64) for name in ("count", "width", "optimizer")),
-        *((name, ctypes.c_float) for name in ("lr", "eps", "weight_decay")),
+        *((name, ctypes.c_float) for name in ("lr", "eps", "weight_decay", "max_gradient")),
     )
 
 
@@ -62,7 +62,8 @@ def tables_of(rows: Tensor, moments: Tensor, settings: Optimizer | None) -> CTab
             )
     settings = settings or Optimizer("sgd", lr=0.0)
     step = OPTIMIZERS.index(settings.name)
-    numbers = settings.lr, settings.eps, settings.weight_decay
+    most = math.inf if settings.max_gradient is None else settings.max_gradient
+    numbers = settings.lr, settings.eps, settings.weight_decay, most
     return CTables(rows.data_ptr(), moments.data_ptr(), *rows.shape, step, *numbers)
 
 

@@ -306,3 +306,17 @@ def test_optimizers_go_on_from_what_they_saved_and_refuse_that_of_others() -> No
         et.with_tables(torch.optim.Adam(head.parameters()), head).load_state_dict(state)
     with pytest.raises(UserError, match="does not fit the ranker's parameters"):
         et.with_tables(torch.optim.Adam([head.weight]), named("native")).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad"])
+@every_case
+def test_decay_and_clamp_are_the_same_in_every_backend(case: Case, name: str) -> None:
+    """Products too, whose parts each have a gradient of their own."""
+    optimizer = et.Optimizer(name, 0.01, weight_decay=0.1, max_gradient=0.5)
+    one, two = (collection(case, backend, optimizer) for backend in FUSED)
+    two.load_state_dict(one.state_dict())
+    for seed in range(2):
+        for tables in (one, two):
+            tables(batch(seed, weighted=True)).values().square().sum().backward()
+    for table in one.plan.tables:
+        torch.testing.assert_close(two.lookup.table(table), one.lookup.table(table), rtol=1e-4, atol=1e-4)
