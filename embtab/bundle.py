@@ -22,7 +22,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embtab import __version__, card, files, golden
-from embtab.bundle_files import FORMAT, VERSION, open_tensors, tensor_specs
+from embtab.bundle_files import FORMAT, VERSION, open_tensors, read_config, tensor_specs
 from embtab.collections import Collection, EmbeddingBagCollection
 from embtab.errors import UserError
 from embtab.methods import PRECISIONS, Table
@@ -71,6 +71,7 @@ def save(
     Raises:
         UserError: when `path` holds something that may not be replaced, or a row cannot be stored: it names both
             table and row.
+        BundleError: when the plan is none that a bundle can describe.
     """
     folder = Path(path)
     refuse_existing(folder, overwrite)
@@ -107,6 +108,7 @@ def save(
             _write_program(beside, about)
         files.write_text(beside / "README.md", card.model_card(plan, about))
         write_signed(beside, about)
+        read_config(beside)  # as whoever opens it will
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:

@@ -42,7 +42,7 @@ def _check_config(config: Config) -> None:
         need(isinstance(table["name"], str), f"table name {table['name']!r} is no string")
         need(table["precision"] in ROW_DTYPES, f"table {table['name']!r}: precision {table['precision']!r}")
         shape = (table["num_rows"], table["width"])
-        need(is_int(shape[0], 0, 2**31) and is_int(shape[1], 1, 2**31), f"table {table['name']!r}: shape {shape!r}")
+        need(is_int(shape[0], 0, 2**63) and is_int(shape[1], 1, 2**31), f"table {table['name']!r}: shape {shape!r}")
     names = {table["name"] for table in tables}
     need(len(names) == len(tables), "two tables have one name")
     encodings = plan["encodings"]

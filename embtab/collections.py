@@ -28,11 +28,11 @@ from embtab.blocks import Arrays, Block, bases_of, make_blocks
 from embtab.compiler import compiler
 from embtab.cut import Cut
 from embtab.drawing import Draw, generator
-from embtab.errors import UserError
+from embtab.errors import UserError, shown
 from embtab.features import Feature
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.hashing import seed_of
-from embtab.lookup import Lookup, Request, make_lookup
+from embtab.lookup import Lookup, Request, make_lookup, usable_device
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
@@ -67,9 +67,15 @@ class Collection(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        _check_plan(plan)
+        if not isinstance(optimizer, Optimizer | None):
+            raise UserError(
+                f"optimizer must be an embtab.Optimizer, such as Optimizer('adagrad', lr=0.05); got {shown(optimizer)}"
+            )
         self.plan = plan
-        tables, later = list(plan.tables.values()), backend == "fbgemm" and torch.device(device).type == "meta"
-        device = "cpu" if later else device
+        device = usable_device(device)
+        tables, later = list(plan.tables.values()), backend == "fbgemm" and device.type == "meta"
+        device = torch.device("cpu") if later else device
         self.lookup: Lookup = Unmade(tables, optimizer) if later else make_lookup(tables, backend, device, optimizer)
         self.arrays = Arrays(plan.encodings, device)
         self.blocks = nn.ModuleList(make_blocks(plan, self.lookup, self.arrays)).to(device)
@@ -256,7 +262,8 @@ class EmbeddingBagCollection(Collection):
             until `TorchRecStrategy` spreads them, and each process draws its own part.
 
     Raises:
-        UserError: for an unknown backend, an optimizer with the torch backend, or a feature with pooling "none".
+        UserError: for an unknown backend or device, an optimizer with the torch backend, a feature with pooling "none",
+            or what is no plan or no optimizer.
     """
 
     def __init__(
@@ -267,6 +274,7 @@ class EmbeddingBagCollection(Collection):
         init_std: float | None = 0.01,
         device: torch.device | str = "cpu",
     ) -> None:
+        _check_plan(plan)
         for feature in plan.features:
             if feature.pooling == "none":
                 raise UserError(f"feature {feature.name!r} has pooling 'none'; use EmbeddingCollection, or sum or mean")
@@ -388,6 +396,11 @@ class EmbeddingCollection(Collection):
             )
             for space, members in spaces.items()
         ]
+
+
+def _check_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise UserError(f"tables are made from a plan, embtab.plan(features, ...); got {shown(plan)}")
 
 
 def _in_plan_order(found: Sequence[tuple[list[int], Tensor]]) -> Tensor:

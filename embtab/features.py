@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embtab.errors import DataError, UserError
+from embtab.errors import DataError, UserError, shown
 
 POOLINGS = ("sum", "mean", "none")
 
@@ -29,8 +29,8 @@ class Feature:
             different ones there are; it shares out bytes and bounds nothing. Only methods that hash hold such ids.
 
     Raises:
-        UserError: for an empty name, a non-positive cardinality, an unknown pooling, or counts of a wrong shape or of
-            hashed ids.
+        UserError: for an empty name, a cardinality that is not positive or not below 2^63, an unknown pooling, or
+            counts that are no counts, of a wrong shape, or of hashed ids.
     """
 
     name: str
@@ -45,8 +45,10 @@ class Feature:
             raise UserError(f"a feature needs a name; got {self.name!r}")
         if not isinstance(self.id_space, str | None):
             raise UserError(f"feature {self.name!r}: id_space must be a name, got {self.id_space!r}")
-        if isinstance(self.num_ids, bool) or not isinstance(self.num_ids, int | np.integer) or self.num_ids < 1:
-            raise UserError(f"feature {self.name!r}: num_ids must be a positive whole number, got {self.num_ids!r}")
+        if not is_whole(self.num_ids) or not 1 <= self.num_ids < 2**63:
+            raise UserError(
+                f"feature {self.name!r}: num_ids must be a positive whole number below 2^63, got {self.num_ids!r}"
+            )
         if self.pooling not in POOLINGS:
             raise UserError(
                 f"feature {self.name!r}: pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}"
@@ -57,15 +59,40 @@ class Feature:
         if self.hashed and self.counts is not None:
             raise UserError(f"feature {self.name!r}: hashed ids are any int64, so they cannot have counts by id")
         if self.counts is not None:
-            counts = np.asarray(self.counts, dtype=np.int64)
+            counts = self._whole_counts()
             if counts.shape != (self.num_ids,):
                 raise UserError(f"feature {self.name!r}: counts must have shape ({self.num_ids},), got {counts.shape}")
             object.__setattr__(self, "counts", counts)
+
+    def _whole_counts(self) -> np.ndarray:
+        """The counts as int64.
+
+        Raises:
+            UserError: for one that is no count.
+        """
+        given = np.asarray(self.counts)
+        if given.dtype.kind not in "iufb":
+            raise UserError(f"feature {self.name!r}: counts must be whole numbers, got {given.dtype}")
+        with np.errstate(invalid="ignore"):
+            counts = given.astype(np.int64)
+        wrong = (given < 0) | (counts != given)
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise UserError(
+                f"feature {self.name!r}: the count of id {at} is {given.flat[at]}; counts must be whole numbers, zero "
+                "or more"
+            )
+        return counts
 
     @property
     def space(self) -> str:
         """The id space the feature belongs to; its own name unless it shares one."""
         return self.id_space or self.name
+
+
+def is_whole(number: object) -> bool:
+    """Whether it is an integer, of Python or NumPy."""
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
 def read_features(path: str | Path, counts: bool = True) -> list[Feature]:
@@ -143,11 +170,16 @@ def id_spaces(features: Iterable[Feature]) -> list[Feature]:
     """One feature per id space, named after the space, with the counts of its members added up.
 
     Raises:
-        UserError: when names repeat, or members of one space differ in cardinality or in what an id is.
+        UserError: when they are no features, names repeat, or members of one space differ in cardinality or in what an
+            id is.
     """
     spaces: dict[str, Feature] = {}
     names: set[str] = set()
+    if isinstance(features, str) or not isinstance(features, Iterable):
+        raise UserError(f"features must be a list of embtab.Feature, got {type(features).__name__}; write [feature]")
     for feature in features:
+        if not isinstance(feature, Feature):
+            raise UserError(f"features must be a list of embtab.Feature, and one of them is {shown(feature)}")
         if feature.name in names:
             raise UserError(f"feature {feature.name!r} is listed twice; names must be unique")
         names.add(feature.name)

@@ -433,6 +433,21 @@ def moved(fn: Callable[[Tensor], Tensor], device: torch.device, backend: str) ->
     return probe.device
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        UserError: when torch does not know it, or cannot put anything there.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        why = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(f"device {device!r} cannot be used here: {why}") from None
+    return found
+
+
 def padded(width: int) -> int:
     """The width of rows inside fbgemm: the next multiple of 4."""
     return -(-width // 4) * 4

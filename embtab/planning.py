@@ -12,8 +12,9 @@ from typing import Any
 
 from embtab.auto import choices
 from embtab.errors import InfeasibleBudget, UserError
-from embtab.features import Feature, id_spaces
+from embtab.features import Feature, id_spaces, is_whole
 from embtab.groups import grouped, solve
+from embtab.hashing import MAX_ROWS
 from embtab.methods import METHODS, PRECISIONS, Encoding, Spec, Table
 from embtab.sizes import format_bytes, parse_bytes
 from embtab.specs import MethodSpec, by_feature, named
@@ -101,7 +102,7 @@ class Plan:
         """
         described = self.to_dict()
         spaces = {feature.name: feature.space for feature in self.features}
-        tables = [(table.name, table.num_rows, table.width) for table in self.tables.values()]
+        tables = sorted((table.name, table.num_rows, table.width) for table in self.tables.values())
         facts = [self.dim, spaces, described["encodings"], tables]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -132,9 +133,23 @@ class Plan:
             f"total {format_bytes(self.nbytes)} ({self.nbytes} bytes; {asked}), "
             f"{ratio:.3g}x smaller than dense ({format_bytes(self.dense_nbytes)})"
         )
+        lines += self._notes()
         if self.training_nbytes:
             lines.append(f"training also keeps counters of {format_bytes(self.training_nbytes)}, which are not served")
         return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        """What keeps a plan from using its budget, where hashes do: they tell no more than 2^31 - 1 rows apart."""
+        full = {table.name for table in self.tables.values() if table.num_rows > MAX_ROWS - 2**16}
+        hashing = [space for space, e in self.encodings.items() if e.method != "dense" and full & {*e.tables}]
+        unused = 0.0 if self.budget is None else 1 - self.nbytes / self.budget
+        if not hashing or unused < 0.01:
+            return []
+        others = f" (and {len(hashing) - 1} more)" if len(hashing) > 1 else ""
+        return [
+            f"note: {hashing[0]!r}{others} has as many rows as a hash can tell apart, 2^31 - 1, so {unused:.0%} of the "
+            "budget stays unused; wider rows or more tables (dim, fewer chunks, another method) use more"
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same plan back (feature counts are left out)."""
@@ -207,8 +222,11 @@ def plan(
     spaces = id_spaces(features)
     if not spaces:
         raise UserError("a plan needs at least one feature")
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+    if not is_whole(dim) or dim < 1:
         raise UserError(f"dim must be a positive whole number, got {dim!r}")
+    if not is_whole(seed):
+        raise UserError(f"seed must be a whole number, got {seed!r}")
+    features, dim, seed = tuple(features), int(dim), int(seed)
     if precision is not None and precision not in PRECISIONS:
         raise UserError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
     limit = None if budget is None else parse_bytes(budget, _dense_bytes(spaces, dim))

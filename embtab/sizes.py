@@ -6,12 +6,15 @@ import math
 import re
 from decimal import Decimal
 
+import numpy as np
+
 from embtab.errors import UserError
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", start=1)}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _BY_LOWER = {unit.lower(): size for unit, size in _UNITS.items()}
+_NUMBERS = (int, float, np.integer, np.floating)
 _PATTERN = re.compile(r"\s*(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
@@ -37,7 +40,7 @@ def parse_bytes(size: int | float | str, dense_bytes: int | None = None) -> int:
             raise UserError(f'budget {size!r} is not a size; write bytes, "8MB", "8MiB" or "0.1x" (of the dense table)')
         assert found is not None
         nbytes = int(Decimal(found.group(1).replace("_", "")) * scale)
-    elif isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size):
+    elif isinstance(size, bool) or not isinstance(size, _NUMBERS) or not math.isfinite(size):
         raise UserError(f'budget {size!r} is not a size; write bytes, "8MB", "8MiB" or "0.1x" (of the dense table)')
     else:
         nbytes = int(size)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -47,6 +49,20 @@ def auc_of(tables: nn.Module, model: nn.Module, data: Path, split: str = "test")
     return metrics.auc(np.concatenate(labels), np.concatenate(logits))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it Lightning keeps its tips, which do not apply here, to itself."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def fine_tuned(
     tables: EmbeddingBagCollection,
     model: nn.Module,
@@ -72,23 +88,22 @@ def fine_tuned(
     """
     if epochs < 1:
         raise UserError(f"fine-tuning needs at least one epoch, got {epochs}")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
     L.seed_everything(seed, workers=True, verbose=False)
     started = EmbeddingBagCollection(tables.plan, "fbgemm", Optimizer("rowwise_adagrad", table_lr), init_std=None)
     started.load_state_dict(tables.state_dict())
     task = RankingTask(started, copy.deepcopy(model).eval().requires_grad_(False), lr)
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        callbacks=[Progress()],
-    )
-    trainer.fit(task, DataModule(str(data), BATCH, seed=seed))
+    with _quiet():
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            callbacks=[Progress()],
+        )
+        trainer.fit(task, DataModule(str(data), BATCH, seed=seed))
     started.round_to_served()
     return started.eval()

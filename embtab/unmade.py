@@ -39,7 +39,7 @@ class Unmade(Lookup):
 
     def table(self, name: str) -> Tensor:
         """The table's shape."""
-        return torch.empty(self.tables[name].num_rows, self.tables[name].width, device="meta")
+        return torch.empty(self.tables[name].num_rows, self.tables[name].width, dtype=torch.float32, device="meta")
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Nothing yet."""

@@ -19,11 +19,12 @@ from safetensors.numpy import load_file
 import embtab as et
 from embtab import golden
 from embtab.bundle import torch_answers
+from embtab.bundle_files import read_config, tensor_specs
 from embtab.datasets import criteo
 from embtab.errors import UserError
 from embtab.quantise import served
 from embtab.reader import Bundle
-from embtab.signed import BundleError
+from embtab.signed import BundleError, write_signed
 
 MIXED = next(case for case in CASES if case.name == "mixed")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -240,3 +241,32 @@ def test_the_page_describes_every_method() -> None:
     page = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text()
     for method in et.METHODS:
         assert f"\n| `{method}` | " in page, f"docs/bundle.md: no decoder for {method}"
+
+
+def test_save_writes_nothing_that_a_bundle_refuses(tmp_path: Path) -> None:
+    tables = et.EmbeddingBagCollection(et.plan([et.Feature("wide", 1)], dim=2**20), "torch", init_std=None)
+    with pytest.raises(BundleError, match="dim 1048576 cannot be"):
+        et.save(tables, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["dense", "lowrank", "memcom", "qr"])
+def test_a_bundle_may_have_2_to_the_31_rows_and_more(method: str, tmp_path: Path) -> None:
+    """Its description; a terabyte is not written."""
+    plan = et.plan([et.Feature("user", 10**11)], method, None if method == "dense" else "0.1x").to_dict()
+    assert max(table["num_rows"] for table in plan["tables"]) >= 2**31 - 1
+    et.save(trained(), tmp_path / "small")
+    about = json.loads((tmp_path / "small" / "config.json").read_text())
+    arrays = [
+        {"space": space, "name": name, "dtype": spec.dtype, "shape": list(spec.shape)}
+        for space, encoding in et.Plan.from_dict(plan).encodings.items()
+        for name, spec in encoding.arrays().items()
+    ]
+    described = {
+        name: {"file": "tables.safetensors", "dtype": dtype, "shape": shape}
+        for name, (dtype, shape) in tensor_specs(plan, arrays).items()
+    }
+    about = {name: entry for name, entry in about.items() if name not in ("files", "sha256")}
+    (tmp_path / "small" / "config.json").unlink()
+    write_signed(tmp_path / "small", {**about, "plan": plan, "arrays": arrays, "tensors": described})
+    assert read_config(tmp_path / "small")["plan"] == plan

@@ -1,9 +1,11 @@
 """Dense tables into plans: as good as the best there is, found by NumPy; and files read without trust."""
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -464,11 +466,13 @@ def test_an_import_is_measured_under_its_ranker(tmp_path: Path, capsys: pytest.C
     assert "auc_imported" in out
     assert "(+0.0000)" in out.split("auc_imported")[1].splitlines()[0]
     given[-1] = tmp_path / "b2"
+    before = logging.getLogger("lightning.pytorch").level, list(warnings.filters)
     out, error, code = run(
         capsys, *given, *ranker, "--data", data, "--method", "hash", "--budget", "0.02x", "--fine-tune", 2,
         "--table-lr", 0.2,
     )  # fmt: skip
     assert code == 0, error
+    assert before == (logging.getLogger("lightning.pytorch").level, list(warnings.filters))
     quality = Bundle(tmp_path / "b2").config["quality"]
     assert list(quality) == ["auc_dense", "auc_imported", "auc_fine_tuned"]
     assert quality["auc_fine_tuned"] != quality["auc_imported"]

@@ -1,10 +1,13 @@
 """Budgets are never exceeded and well used; requests that make no sense are refused in one line."""
 
+import json
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from laws import CASES, Case, Found
@@ -229,3 +232,69 @@ def test_descriptions_that_are_no_plan(spoil: Callable[[dict], None], message: s
     spoil(described)
     with pytest.raises(UserError, match=message):
         et.Plan.from_dict(described)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_ids": 2**63}, "feature 'f': num_ids must be a positive whole number below 2^63, got 92233720"),
+        ({"num_ids": 2**70}, "feature 'f': num_ids must be a positive whole number below 2^63"),
+        ({"num_ids": 3.0}, "feature 'f': num_ids must be a positive whole number"),
+        ({"counts": [1, 1.5, 2]}, "feature 'f': the count of id 1 is 1.5; counts must be whole numbers"),
+        ({"counts": [1, 2, -1]}, "feature 'f': the count of id 2 is -1; counts must be whole numbers"),
+        ({"counts": [1, float("nan"), 1]}, "feature 'f': the count of id 1 is nan"),
+        ({"counts": np.array([1, 2**63, 3], np.uint64)}, "feature 'f': the count of id 1 is 9223372036854775808"),
+        ({"counts": ["1", "2", "3"]}, "feature 'f': counts must be whole numbers, got <U1"),
+    ],
+)
+def test_features_that_cannot_be_are_refused_by_name(changed: dict, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        et.Feature(**{"name": "f", "num_ids": 3, **changed})
+    assert str(raised.value).startswith(message)
+
+
+def test_counts_may_be_whole_floats_and_numbers_numpys() -> None:
+    feature = et.Feature("f", np.int64(3), counts=np.array([3.0, 0.0, 2.0]))
+    assert feature.counts is not None
+    assert (feature.counts.dtype, feature.counts.tolist()) == (np.int64, [3, 0, 2])
+    made = et.plan([et.Feature("f", 1000)], "hash", np.int64(6400), np.int32(16), np.uint8(3))
+    assert made == et.plan([et.Feature("f", 1000)], "hash", 6400, 16, 3)
+    assert et.Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: et.plan(et.Feature("f", 3)), "features must be a list of embtab.Feature, got Feature"),
+        (lambda: et.plan("f"), "features must be a list of embtab.Feature, got str"),
+        (lambda: et.plan([("f", 3)]), "one of them is ('f', 3)"),
+        (lambda: et.plan([et.Feature("f", 3)], seed="0"), "seed must be a whole number, got '0'"),
+        (lambda: et.EmbeddingBagCollection([et.Feature("f", 3)]), "tables are made from a plan"),
+        (lambda: et.EmbeddingCollection(et.Feature("f", 3)), "tables are made from a plan"),
+        (lambda: tables(optimizer="adam"), "optimizer must be an embtab.Optimizer"),
+        (lambda: tables(optimizer=torch.optim.Adam), "optimizer must be an embtab.Optimizer"),
+        (lambda: tables("native", optimizer="adam"), "optimizer must be an embtab.Optimizer"),
+        (lambda: tables(device="gpu"), "device 'gpu' cannot be used here"),
+        (lambda: tables("torch", device=3.5), "device 3.5 cannot be used here"),
+        (lambda: tables("torch", device="cuda:77"), "device 'cuda:77' cannot be used here"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_in_a_line(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        make()
+    assert "\n" not in str(raised.value)
+
+
+def tables(backend: str = "fbgemm", **options: object) -> object:
+    return et.EmbeddingBagCollection(et.plan([et.Feature("f", 3)]), backend, **options)
+
+
+@pytest.mark.parametrize("method", ["hash", "robe", "unified"])
+def test_a_hash_that_is_full_before_the_budget_says_so(method: str) -> None:
+    plan = et.plan([et.Feature("big", 10**11), et.Feature("small", 10)], method, "0.1x", 16)
+    (note,) = [line for line in plan.describe().splitlines() if line.startswith("note:")]
+    unused = 1 - plan.nbytes / plan.budget
+    assert unused > 0.5
+    assert note.startswith("note: 'big'")
+    assert f"so {unused:.0%} of the budget stays unused" in note
+    assert "note:" not in et.plan([et.Feature("big", 10**7)], method, "0.1x", 16).describe()

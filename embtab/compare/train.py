@@ -23,6 +23,7 @@ from embtab.errors import UserError
 from embtab.files import scratch
 from embtab.fused import Optimizer, outer_parameters
 from embtab.planning import Plan
+from embtab.threads import one_thread
 from embtab.training import metrics
 from embtab.training.checkpoint import WholeFiles
 from embtab.training.data import DataModule
@@ -46,6 +47,7 @@ class MeasuredTask(RankingTask):
         super().on_test_epoch_end()
 
 
+@one_thread()
 def train(sweep: Sweep, plans: Mapping[str, Plan], seed: int, show: bool = False) -> dict[str, dict[str, Any]]:
     """Trains tables once and measures them in each of their precisions.
 
@@ -64,7 +66,6 @@ def train(sweep: Sweep, plans: Mapping[str, Plan], seed: int, show: bool = False
         UserError: for an unknown model or option, or a loss that is not finite.
     """
     quieten()
-    torch.set_num_threads(1)  # a result does not depend on how many runs share the machine
     L.seed_everything(seed, workers=True, verbose=False)
     data = DataModule(sweep.data, sweep.batch_size, seed=seed)
     tables = _tables(sweep, next(iter(plans.values())))

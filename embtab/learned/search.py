@@ -27,6 +27,7 @@ from embtab.learned.supernet import Gate, Masked, joined
 from embtab.learned.training import Training, measure
 from embtab.planning import Plan
 from embtab.specs import MethodSpec
+from embtab.threads import one_thread
 
 
 @dataclass
@@ -92,9 +93,9 @@ class Reference:
     trained_samples: int
 
 
+@one_thread()
 def train_dense(sweep: Sweep, seed: int = 0, folder: Path | None = None, title: str | None = None) -> Reference:
     """Trains dense tables with the settings of a search; the arguments are those of `run`."""
-    torch.set_num_threads(1)
     with _place(folder) as place:
         lab = make_lab(sweep, "dense", None, seed, "fp32", place, title)
         claim(lab, settings_of(lab, "dense", {}))
@@ -104,6 +105,7 @@ def train_dense(sweep: Sweep, seed: int = 0, folder: Path | None = None, title: 
     return Reference(tested, state["cost"]["seconds"], state["cost"]["trained"])
 
 
+@one_thread()
 def run(
     sweep: Sweep,
     method: MethodSpec,
@@ -131,7 +133,6 @@ def run(
         UserError: for settings that make no sense, data that lacks what the method needs, or a folder that holds
             another search.
     """
-    torch.set_num_threads(1)  # a result does not depend on how many runs share the machine
     learned = make(method)
     with _place(folder) as place:
         lab = make_lab(sweep, learned.name, budget, seed, precision, place, title, learned.check)

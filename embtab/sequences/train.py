@@ -15,6 +15,7 @@ from embtab.models import DARE, DIN
 from embtab.planning import Plan, plan
 from embtab.sequences.study import Cell, Study
 from embtab.sizes import parse_bytes
+from embtab.threads import one_thread
 from embtab.training.checkpoint import WholeFiles
 from embtab.training.data import DataModule
 from embtab.training.layout import Layout
@@ -88,6 +89,7 @@ def cell_bytes(study: Study, cell: Cell) -> int | None:
     return parse_bytes(cell.budget, dense.nbytes)
 
 
+@one_thread()
 def train(study: Study, cell: Cell) -> dict[str, Any]:
     """Trains a cell and measures it.
 
@@ -100,7 +102,6 @@ def train(study: Study, cell: Cell) -> dict[str, Any]:
     Raises:
         UserError: as `make_task`, and for a loss that is not finite.
     """
-    torch.set_num_threads(1)
     L.seed_everything(cell.seed, workers=True, verbose=False)
     started = time.perf_counter()
     task, data = make_task(study, cell), DataModule(study.data, study.batch_size, seed=cell.seed)

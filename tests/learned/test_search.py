@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import numpy as np
@@ -188,8 +189,11 @@ def test_a_search_killed_in_any_stage_goes_on_to_the_same_result(
 
 def test_finished_stages_are_not_done_again(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_of(data)
+    monkeypatch.setattr(torch, "set_num_threads", asked := Mock(wraps=torch.set_num_threads))
     dense = train_dense(sweep, folder=tmp_path / "dense")
     first = run(sweep, "magnitude", "0.3x", folder=tmp_path, dense=dense)
+    before = torch.get_num_threads()
+    assert [call.args for call in asked.call_args_list] == [(1,), (before,)] * 2  # the caller keeps its threads
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert cost["samples_in_dense_trainings"] == pytest.approx(cost["trained_samples"] / dense.trained_samples)
     assert cost["seconds_in_dense_trainings"] == pytest.approx(cost["seconds"] / dense.seconds)
