@@ -36,6 +36,7 @@ from embtab.lookup import Lookup, Request, make_lookup, usable_device
 from embtab.methods import Encoding
 from embtab.planning import Plan
 from embtab.quantise import served
+from embtab.reminder import Reminder
 from embtab.unmade import Unmade
 from embtab.ways import JoinedRows, PerDistinctId, Way, joins, once, ways_of
 
@@ -83,7 +84,13 @@ class Collection(nn.Module):
         self.has_mean = any(feature.pooling == "mean" for feature in plan.features)
         means = torch.tensor([feature.pooling == "mean" for feature in plan.features], device=device)
         self.register_buffer("means", means, persistent=False)
+        self.reminder = Reminder(plan.encodings)
         self.init(init_std)
+
+    def _remind(self) -> None:
+        """Takes note of a batch to train on."""
+        if self.training and torch.is_grad_enabled():
+            self.reminder.trained()
 
     def _each_block(self) -> Iterator[Block]:
         for block in self.blocks:
@@ -131,11 +138,12 @@ class Collection(nn.Module):
 
     @torch.no_grad()
     def adapt(self, step: int, epoch: int | None = None) -> list[str]:
-        """Lets methods that reorganise themselves do so, where they say that it is time; to be called before a step.
+        """Lets methods that reorganise themselves do so, where they say that it is time; to be called before each step.
 
-        What they do depends on the tables, the ids seen in training mode, the plan's seed and `step`, and on nothing
-        else, so a run that is resumed from a state dict goes on as if it had not stopped. The methods also move what
-        the fused optimizer remembers; what an optimizer of the torch backend remembers of a row stays with the row.
+        `RankingTask` calls it; a loop that trains 100 batches without it is warned. What they do depends on the tables,
+        the ids seen in training mode, the plan's seed and `step`, and on nothing else, so a run that is resumed from a
+        state dict goes on as if it had not stopped. The methods also move what the fused optimizer remembers; what an
+        optimizer of the torch backend remembers of a row stays with the row.
 
         Args:
             step: batches trained so far; nothing happens before the first.
@@ -144,6 +152,7 @@ class Collection(nn.Module):
         Returns:
             The id spaces that were reorganised.
         """
+        self.reminder.called()
         due = {space: e for space, e in self.plan.encodings.items() if e.adaptive and step > 0 and e.due(step, epoch)}
         for space, encoding in due.items():
             generator = np.random.default_rng([abs(seed_of(space, 0, self.plan.seed)), step])
@@ -296,6 +305,7 @@ class EmbeddingBagCollection(Collection):
 
     def vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """The same as [B, F, D], features in plan order."""
+        self._remind()
         if self.prepared is not None and self.prepared[0] is features:
             (_, asked, requests), self.prepared = self.prepared, None
         else:
@@ -352,6 +362,7 @@ class EmbeddingCollection(Collection):
         Raises:
             UserError: when a feature is missing or an id is out of range.
         """
+        self._remind()
         cut, blocks = Cut(features, self.names), list(self._each_block())
         for block in blocks:
             block.check(cut)
