@@ -59,7 +59,7 @@ def slices(summary: Summary) -> Figure | None:
         f"(or is the id that all rare values share); {first['unseen']['rows']:,} rows. Of the others, rare: it occurs "
         f"at most {first['rare']['up_to']:g} times, the median; {first['rare']['rows']:,} rows. Frequent: the rest; "
         f"{first['frequent']['rows']:,} rows. Features without counts are not looked at. Bars are 95 % intervals over "
-        "seeds."
+        "seeds; chance in the choice of the rows is not in them."
     )
     own = (f"{column}, {name}" for name in SLICES for column in ("AUC", "against dense", "log loss"))
     columns = ("method", "rows", "budget", "bytes", *own)
@@ -82,7 +82,7 @@ def _slice_gap(point: Point, dense: Point, name: str) -> Difference | None:
 
 
 def _ends(gap: Difference) -> Record:
-    return {"low": gap.seeds.low, "high": gap.seeds.high}
+    return {"low": gap.whole.low, "high": gap.whole.high}
 
 
 def collisions(summary: Summary) -> Figure | None:

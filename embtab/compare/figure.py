@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from embtab.compare.charts import Record, Spec
 from embtab.compare.statistics import Difference, Interval
 from embtab.compare.summary import Point, Summary
-from embtab.compare.words import widest
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,5 @@ def signed(gap: Difference | None) -> str:
         return ""
     if gap.significant is None:
         return f"{gap.mean:+.4f}"
-    interval = widest(gap)
-    half = ((interval.high or 0.0) - (interval.low or 0.0)) / 2
+    half = ((gap.whole.high or 0.0) - (gap.whole.low or 0.0)) / 2
     return f"{gap.mean:+.4f} ± {half:.4f}" + ("" if gap.significant else " n. s.")

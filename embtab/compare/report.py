@@ -204,8 +204,8 @@ def _method(dataset: Dataset) -> list[str]:
         f"{percent} over the test set: from the deviation over {RESAMPLES} resamples of its {unit}, the same for every "
         "table; resamples are of the mean over seeds.",
         "Against dense, against hash (of equal budget and precision; where a method chooses the precision itself, hash "
-        "may, too: the best on the validation split): paired by seed, and by resample; the wider of the two intervals "
-        "is shown. Not significant (n. s.) means that one of them contains zero: the difference may "
-        "be chance.",
+        "may, too: the best on the validation split): paired by seed and by resample, with the variance over seeds and "
+        "the one over the test set added up; three seeds are the least that give an interval of both (one has the test "
+        "set's alone). Not significant (n. s.) means that it contains zero: the difference may be chance.",
         f"Each comparison stands alone at {percent}: of twenty without any difference, about one looks significant.",
     ]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from embtab.compare.report import make_report, write_report
 from embtab.compare.results import COLUMNS, place, read_results, write_parquet, write_results
 from embtab.compare.summary import Row
-from embtab.compare.sweep import Cell, Sweep, cell_key, label, training_key
+from embtab.compare.sweep import Cell, Sweep, cell_key, check_training, label, training_key
 from embtab.compare.workers import AnyJob, Job, SearchJob, outcomes
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
@@ -62,6 +62,7 @@ def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
     for one in sweep.each_model():
         planned += [_planned(one, dataset, features, cell) for cell in one.cells()]
         make_model(one, len(dataset.dense), len(dataset.features))
+    check_training(sweep.seeds, lr=sweep.lr, weight_decay=sweep.weight_decay, init_std=sweep.init_std)
     Optimizer(sweep.table_optimizer, sweep.table_lr)
     with locked(out):
         rows = read_results(out / "results.csv")

@@ -45,10 +45,13 @@ class Difference:
     Args:
         seeds: over runs of both with the same seeds; a single one has no bounds.
         test: over resamples of the test set, the same for both; None where they were not kept.
+        whole: with both sources together: another seed and another test set. Of one run the test set's alone, without
+            resamples the seeds' alone. Two runs with resamples have no bounds: from two values nothing holds its level.
     """
 
     seeds: Interval
-    test: Interval | None = None
+    test: Interval | None
+    whole: Interval
 
     @property
     def mean(self) -> float:
@@ -56,14 +59,9 @@ class Difference:
         return self.seeds.mean
 
     @property
-    def intervals(self) -> list[Interval]:
-        """Those that have bounds."""
-        return [interval for interval in (self.seeds, self.test) if interval is not None and interval.known]
-
-    @property
     def significant(self) -> bool | None:
-        """Whether every known interval excludes zero; None when none is known."""
-        return all(interval.excludes(0.0) for interval in self.intervals) if self.intervals else None
+        """Whether the whole interval excludes zero; None when it is not known."""
+        return self.whole.excludes(0.0) if self.whole.known else None
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -109,9 +107,51 @@ def difference(
     over_seeds = mean_interval([values[seed] - reference[seed] for seed in seeds])
     mine, other = resampled or {}, reference_resampled or {}
     if not all(seed in mine and seed in other for seed in seeds):
-        return Difference(over_seeds)
-    gaps = np.mean([np.subtract(mine[seed], other[seed]) for seed in seeds], axis=0)
-    return Difference(over_seeds, resample_interval(over_seeds.mean, gaps))
+        return Difference(over_seeds, None, over_seeds)
+    gaps = np.array([np.subtract(mine[seed], other[seed]) for seed in seeds])
+    over_tests = resample_interval(over_seeds.mean, gaps.mean(axis=0))
+    if len(seeds) == 1:
+        return Difference(over_seeds, over_tests, over_tests)
+    of_seeds = float(np.var([values[seed] - reference[seed] for seed in seeds], ddof=1)) / len(seeds)
+    half = half_width(of_seeds, shared_variance(gaps), len(seeds)) if len(seeds) > 2 else math.nan
+    return Difference(over_seeds, over_tests, _around(over_seeds.mean, half, len(seeds)))
+
+
+def half_width(of_seeds: float, of_tests: float, count: int) -> float:
+    """Half the interval of a mean over seeds on one test set, with both chances in it.
+
+    The variances add up. The first is known from `count` values, the other from 200 resamples, so the critical value
+    lies between Student's t(count - 1) and the normal one: z + (t - z) u^(3/2), where u is the first's share of the
+    sum. By numerical integration the error of "95 %" is 4.0 to 5.7 % with three seeds and 4.4 to 5.2 % with more,
+    whatever the share. (The degrees of freedom of Welch and Satterthwaite give up to 7.8 % with three, for they are
+    estimated from the same three values.)
+
+    Args:
+        of_seeds: variance of the mean over seeds, s^2 / count.
+        of_tests: variance of the mean over test sets.
+        count: of seeds, three or more.
+    """
+    both = of_seeds + of_tests
+    if not both > 0:
+        return 0.0 if both == 0 else math.nan
+    normal, student = float(ndtri((1 + LEVEL) / 2)), float(stdtrit(count - 1, (1 + LEVEL) / 2))
+    return (normal + (student - normal) * (of_seeds / both) ** 1.5) * math.sqrt(both)
+
+
+def shared_variance(gaps: Floats) -> float:
+    """The variance over test sets of what all seeds have in common: the mean covariance of two seeds over resamples.
+
+    What the test set does to one seed alone differs from seed to seed, and so is in the variance over seeds already.
+
+    Args:
+        gaps: float64 [S, R], of S seeds (two or more) on R resamples.
+
+    Returns:
+        not below zero.
+    """
+    covariance = np.cov(gaps)
+    between = covariance.sum() - np.trace(covariance)
+    return max(float(between) / (len(gaps) * (len(gaps) - 1)), 0.0) if math.isfinite(between) else math.nan
 
 
 def resampled_auc(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,25 @@ def label(method: MethodSpec) -> str:
         return " ".join(f"{feature}:{label(spec)}" for feature, spec in chosen_by.items())
     name, options = named(method)
     return " ".join([str(name), *(f"{key}={value}" for key, value in options.items())])
+
+
+def check_training(seeds: Sequence[int], **settings: float) -> None:
+    """Refuses what no run can be trained with, before any begins.
+
+    Args:
+        seeds: of the runs.
+        settings: by name, such as `lr` (above zero), `weight_decay` or `init_std` (zero or more).
+
+    Raises:
+        UserError: naming the first wrong one.
+    """
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seeds must be whole numbers from 0 and below 2^32, got {seed}")
+    for name, value in settings.items():
+        if not (0 < value < math.inf if name == "lr" else 0 <= value < math.inf):
+            kind = "above zero" if name == "lr" else "zero or more"
+            raise UserError(f"{name} must be a finite number, {kind}; got {value}")
 
 
 def cell_key(sweep: Sweep, plan: Plan, fingerprint: str, seed: int) -> str:

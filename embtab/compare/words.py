@@ -56,8 +56,8 @@ def against(gap: Difference | None, reference: str) -> str:
     side = "above" if gap.mean > 0 else "below"
     said = f"{abs(gap.mean):.4f} {side} {reference}"
     if gap.significant is None:
-        return f"{said} (one run, no interval)"
-    return f"{said} ({_bounds(widest(gap))})" if gap.significant else f"{said}, not significant"
+        return f"{said} ({'one run' if gap.seeds.count == 1 else f'{gap.seeds.count} runs'}, no interval)"
+    return f"{said} ({_bounds(gap.whole)})" if gap.significant else f"{said}, not significant"
 
 
 def next_to(best: Point, following: Point) -> str:
@@ -68,11 +68,6 @@ def next_to(best: Point, following: Point) -> str:
     if not gap.significant:
         return "not significantly different"
     return f"{abs(gap.mean):.4f} {'above' if gap.mean > 0 else 'below'} it"
-
-
-def widest(gap: Difference) -> Interval:
-    """The wider of a difference's intervals."""
-    return max(gap.intervals, key=lambda interval: (interval.high or 0.0) - (interval.low or 0.0))
 
 
 def _bounds(interval: Interval) -> str:

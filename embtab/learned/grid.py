@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embtab.compare.sweep import Cell, Sweep, label
+from embtab.compare.sweep import Cell, Sweep, check_training, label
 from embtab.compare.train import make_model
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
@@ -70,6 +70,7 @@ def _check(sweep: Sweep) -> None:
         make(method)
     dataset = Dataset.load(Path(sweep.data))
     make_model(sweep, len(dataset.dense), len(dataset.features))
+    check_training(sweep.seeds, lr=sweep.lr, weight_decay=sweep.weight_decay, init_std=sweep.init_std)
     Optimizer(sweep.table_optimizer, sweep.table_lr)
 
 

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from embtab.compare.rows import read_rows, write_rows
 from embtab.compare.summary import Row
-from embtab.compare.sweep import label
+from embtab.compare.sweep import check_training, label
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.files import locked, write_text
+from embtab.fused import Optimizer
 from embtab.sequences.plot import plot
 from embtab.sequences.report import report
 from embtab.sequences.study import Cell, Study
@@ -25,11 +26,12 @@ from embtab.sequences.study import Cell, Study
 TEXTS = ("key", "status", "arm", "method", "budget", "error")
 SIZES = ("seed", "nbytes", "attention_bytes", "min_bytes", "epochs")
 MEASURED = ("auc", "gauc", "hr@10", "ndcg@10", "search_ndcg", "logloss", "ne", "calibration", "val_auc", "seconds")
-COLUMNS = ("key", "status", "arm", "method", "budget", *SIZES, *MEASURED, "error")
+COLUMNS = ("key", "status", "arm", "method", "budget", *SIZES, *MEASURED, "error", "auc_resampled")
 
 
 def run_study(study: Study, out: Path) -> str:
-    """Runs what is not yet done of a study and writes results.csv, report.md and auc.png.
+    """Runs what is not yet done of a study and writes results.csv, report.md and auc.png; a run that fails is noted,
+    and the others go on.
 
     Args:
         study: what to compare.
@@ -39,32 +41,43 @@ def run_study(study: Study, out: Path) -> str:
         The report as Markdown.
 
     Raises:
-        UserError: for settings that make no sense, or when another process writes to `out`.
+        UserError: for settings that make no sense, when another process writes to `out`, or at the end where runs
+            failed.
     """
     dataset = Dataset.load(study.data)
     cells = {study.key(cell, dataset.fingerprint): cell for cell in study.cells()}
     if not cells:
         raise UserError("nothing to run: methods that compress need budgets, and every study needs seeds and arms")
+    check_training(study.seeds, lr=study.lr, weight_decay=study.weight_decay, init_std=study.init_std, l2=study.l2)
+    Optimizer(study.table_optimizer, study.table_lr)
     infeasible = _checked(study, cells)  # before anything is written: a mistake leaves no folder behind
     with locked(out):
         rows = read_results(out / "results.csv")
         rows |= infeasible
-        left = [key for key in cells if key not in rows]
+        left = [key for key in cells if key not in rows or rows[key]["status"] == "failed"]
         _quieten()
         for key in tqdm(left, desc="runs", unit="run", file=sys.stderr):
-            row = _trained(study, cells[key], key)
-            rows[key] = row
+            row = rows[key] = _trained_or_why(study, cells[key], key)
             write_rows(out / "results.csv", COLUMNS, list(rows.values()))
-            tqdm.write(f"{cells[key].name}: auc {row['auc']:.5f}, {row['seconds']:.0f} s", file=sys.stderr)
+            said = f"failed: {row['error']}" if row["error"] else f"auc {row['auc']:.5f}, {row['seconds']:.0f} s"
+            tqdm.write(f"{cells[key].name}: {said}", file=sys.stderr)
         in_order = {key: rows[key] | _named(cell) for key, cell in cells.items()}
         write_rows(out / "results.csv", COLUMNS, list((rows | in_order).values()))
         rows = read_results(out / "results.csv")  # what is reported is what is in the file
         text = report(study, dataset, [rows[key] for key in cells])
         write_text(out / "report.md", text)
-        if find_spec("matplotlib") is None:
+        if not any(rows[key]["status"] == "ok" for key in cells):
+            print("no auc.png: no run has a result", file=sys.stderr)
+        elif find_spec("matplotlib") is None:
             print("no auc.png: install matplotlib with: pip install 'embtab[plot]'", file=sys.stderr)
         else:
             plot([rows[key] for key in cells], out / "auc.png")
+    failed = [key for key in cells if rows[key]["status"] == "failed"]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(cells)} runs failed (run again to retry them; the others are kept in {out}); first "
+            f"{cells[failed[0]].name}: {rows[failed[0]]['error']}"
+        )
     return text
 
 
@@ -86,6 +99,15 @@ def _checked(study: Study, cells: Mapping[str, Cell]) -> dict[str, Row]:
     return rows
 
 
+def _trained_or_why(study: Study, cell: Cell, key: str) -> Row:
+    """The row of a run, which notes a failure of any kind: no run stops the others."""
+    try:
+        return _trained(study, cell, key)
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return dict.fromkeys(COLUMNS) | {"key": key, "status": "failed", **_named(cell), "error": why}
+
+
 def _trained(study: Study, cell: Cell, key: str) -> Row:
     from embtab.sequences.train import train
 
@@ -105,7 +127,7 @@ def read_results(file: Path) -> dict[str, Row]:
     Raises:
         UserError: when the file is not a results.csv of a study.
     """
-    return read_rows(file, COLUMNS, TEXTS, itemgetter("key"))
+    return read_rows(file, COLUMNS, TEXTS, itemgetter("key"), COLUMNS[:-1])  # some have no resamples
 
 
 def _quieten() -> None:

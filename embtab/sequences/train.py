@@ -9,6 +9,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from embtab.compare.statistics import resampled_auc
+from embtab.compare.train import MeasuredTask
 from embtab.datasets.schema import Dataset
 from embtab.files import scratch
 from embtab.models import DARE, DIN
@@ -27,7 +29,11 @@ SEARCHED = 20
 """Events of a history whose order counts in `search_ndcg`."""
 
 
-def make_task(study: Study, cell: Cell) -> FitSequenceTask:
+class MeasuredSequenceTask(MeasuredTask, FitSequenceTask):
+    """A `FitSequenceTask` whose tables are as they are served; it keeps what it predicted on the test split."""
+
+
+def make_task(study: Study, cell: Cell) -> MeasuredSequenceTask:
     """The task of a cell; its tables take no more than the budget together.
 
     Raises:
@@ -35,7 +41,7 @@ def make_task(study: Study, cell: Cell) -> FitSequenceTask:
         UserError: for settings that fit neither each other nor the data.
     """
     tables, attention = _settings(study, cell)
-    return FitSequenceTask(
+    return MeasuredSequenceTask(
         study.data,
         **tables,
         attention=attention,
@@ -95,9 +101,9 @@ def train(study: Study, cell: Cell) -> dict[str, Any]:
 
     Returns:
         Bytes of the tables; the metrics of the test split at the best epoch of the validation split; val_auc of that
-        epoch; epochs trained; search_ndcg, the NDCG@20 of the attention's scores against what is known of the events'
-        relevance (on the validation split: beside a test split with 99 negatives a target it is small); seconds of it
-        all.
+        epoch; epochs trained; auc_resampled, the test AUC on resamples of the rows, or users; search_ndcg, the NDCG@20
+        of the attention's scores against what is known of the events' relevance (on the validation split: beside a
+        test split with 99 negatives a target it is small); seconds of it all.
 
     Raises:
         UserError: as `make_task`, and for a loss that is not finite.
@@ -125,6 +131,8 @@ def train(study: Study, cell: Cell) -> dict[str, Any]:
         tables.round_to_served()  # type: ignore[union-attr,operator]
     (tested,) = trainer.test(task, data, verbose=False)
     found |= {name.removeprefix("test/"): value for name, value in tested.items()}
+    logits, labels, users = task.tested
+    found["auc_resampled"] = [round(value, 7) for value in resampled_auc(labels, logits, users).tolist()]
     if isinstance(task.model, DIN | DARE) and (known := relevance_of(Dataset.load(study.data))):
         found["search_ndcg"] = search_quality(task, study.data, "valid", SEARCHED, relevance=known)
     return found | table_bytes(task) | {"seconds": time.perf_counter() - started}

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from embtab.compare.statistics import difference, mean_interval, resample_interval, resampled_auc
+from embtab.compare.statistics import (
+    difference,
+    half_width,
+    mean_interval,
+    resample_interval,
+    resampled_auc,
+    shared_variance,
+)
 from embtab.training.metrics import auc
 
 
@@ -47,14 +54,84 @@ def test_a_paired_difference_is_scipys_paired_t_test() -> None:
     assert difference({0: 0.5}, {0: 0.4}).significant is None  # nothing is known of chance
 
 
-def test_both_sources_of_chance_must_exclude_zero() -> None:
-    steady = {0: [0.70, 0.71, 0.72], 1: [0.70, 0.71, 0.72]}
-    shifted = {0: [0.69, 0.70, 0.71], 1: [0.69, 0.70, 0.71]}
-    turned = {0: [0.72, 0.70, 0.68], 1: [0.72, 0.70, 0.68]}
-    values, reference = {0: 0.71, 1: 0.7102}, {0: 0.70, 1: 0.70}
-    assert difference(values, reference, steady, shifted).significant is True
-    assert difference(values, reference, steady, turned).significant is False
-    assert difference(values, reference, steady, {0: shifted[0]}).test is None
+def test_both_variances_are_in_the_interval_worked_by_hand() -> None:
+    values, zeros = {0: 0.01, 1: 0.02, 2: 0.03}, {0: 0.0, 1: 0.0, 2: 0.0}
+    shared = [0.018, 0.02, 0.022]  # of variance 4e-6, the same for every seed
+    moved = {seed: [value - 0.02 + each for each in shared] for seed, value in values.items()}
+    found = difference(values, zeros, moved, dict.fromkeys(zeros, [0.0] * 3))
+    of_seeds, of_tests = 1e-4 / 3, 4e-6
+    share = of_seeds / (of_seeds + of_tests)
+    critical = 1.959964 + (4.302653 - 1.959964) * share**1.5
+    half = critical * np.sqrt(of_seeds + of_tests)
+    assert (found.whole.low, found.whole.high) == pytest.approx((0.02 - half, 0.02 + half))
+    assert found.significant is bool(half < 0.02)
+
+
+def test_two_seeds_have_an_interval_of_seeds_alone_and_one_has_that_of_the_test_set() -> None:
+    up, down = {0: [0.70, 0.71, 0.72], 1: [0.70, 0.71, 0.72]}, {0: [0.69, 0.70, 0.71], 1: [0.69, 0.70, 0.71]}
+    both = difference({0: 0.71, 1: 0.7102}, {0: 0.70, 1: 0.70}, up, down)
+    assert both.significant is None
+    assert not both.whole.known
+    alone = difference({0: 0.71, 1: 0.7102}, {0: 0.70, 1: 0.70}, up, {0: down[0]})
+    assert alone.test is None
+    assert alone.whole == alone.seeds
+    one = difference({0: 0.71}, {0: 0.70}, up, down)
+    assert one.whole == one.test
+    assert difference({0: 0.71}, {0: 0.70}, up, {0: [0.69, float("nan"), 0.7]}).significant is None
+
+
+def test_what_the_test_set_does_to_one_seed_alone_is_not_counted_twice() -> None:
+    rng = np.random.default_rng(0)
+    own, shared = rng.normal(size=(5, 100_000)), rng.normal(0, 2, 100_000)
+    assert shared_variance(own + shared) == pytest.approx(4, rel=0.05)
+    assert shared_variance(own) == pytest.approx(0, abs=0.02)
+
+
+RATIOS = (0.0, 0.3, 1.0, 3.0, 10.0)
+
+
+def wrong_by_chance(seeds: int, ratio: float, own: float, draws: int, resamples: int = 200) -> float:
+    """The share of significant differences among tables without any.
+
+    Args:
+        seeds: of each comparison.
+        ratio: deviation of the mean over seeds to that over test sets.
+        own: deviation of what a test set does to a single seed, as a multiple of what it does to all.
+        draws: comparisons.
+        resamples: of the test set.
+    """
+    rng = np.random.default_rng([seeds, int(10 * ratio), int(10 * own)])
+    names, found = range(seeds), 0
+    zeros, still = dict.fromkeys(names, 0.0), dict.fromkeys(names, np.zeros(resamples))
+    for _ in range(draws):
+        gaps = rng.normal(0, ratio * np.sqrt(seeds), seeds) + rng.normal() + rng.normal(0, own, seeds)
+        moved = gaps[:, None] + rng.normal(size=resamples) + rng.normal(0, own, (seeds, resamples))
+        gap = difference(dict(enumerate(gaps)), zeros, dict(enumerate(moved)), still)
+        found += bool(gap.significant)
+    return found / draws
+
+
+@pytest.mark.parametrize("seeds", [3, 10])
+def test_about_one_in_twenty_is_wrong_by_chance(seeds: int) -> None:
+    assert 0.03 < wrong_by_chance(seeds, 1.0, 0.0, 2500) < 0.07
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [0.0, 1.0])
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("seeds", [3, 5, 10, 20])
+def test_the_level_is_held_whatever_chance_comes_from(seeds: int, ratio: float, own: float) -> None:
+    assert 0.035 < wrong_by_chance(seeds, ratio, own, 20_000) < 0.062  # 4 to 6 %, and two deviations of 20,000 draws
+
+
+@pytest.mark.parametrize("seeds", [3, 4, 5, 10, 20])
+def test_the_level_is_held_by_integration(seeds: int) -> None:
+    """The same without drawing: the mean is normal, the variance over seeds chi-squared, that over test sets known."""
+    quantiles = (np.arange(2000) + 0.5) / 2000
+    for ratio in np.geomspace(0.01, 100, 25):
+        estimated = ratio**2 * stats.chi2.ppf(quantiles, seeds - 1) / (seeds - 1)
+        halves = np.array([half_width(each, 1.0, seeds) for each in estimated])
+        assert 0.04 <= 2 * stats.norm.sf(halves / np.sqrt(ratio**2 + 1)).mean() <= 0.06
 
 
 def brute_force(labels: np.ndarray, scores: np.ndarray, units: np.ndarray, repeats: int) -> list[float]:

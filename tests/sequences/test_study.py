@@ -8,13 +8,15 @@ import pytest
 import yaml
 
 from embtab import cli
-from embtab.compare.statistics import mean_interval
+from embtab.compare.statistics import difference, half_width, mean_interval
 from embtab.datasets import long_histories
+from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import read_features
 from embtab.planning import plan
 from embtab.sequences import run
 from embtab.sequences.plot import points
+from embtab.sequences.report import report
 from embtab.sequences.study import Study, read_study
 from embtab.sequences.train import cell_bytes, make_plans, make_task, table_bytes
 
@@ -160,6 +162,61 @@ def test_nothing_is_left_behind_by_a_study_that_makes_no_sense(planted, tmp_path
     made = study(planted, tmp_path, methods=["hash"], budgets=["0.001x"])
     with pytest.raises(InfeasibleBudget):
         make_plans(made, next(made.cells()))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"seeds": [0, -1]}, "seeds must be whole numbers from 0"),
+        ({"lr": -1}, "lr must be a finite number, above zero"),
+        ({"init_std": -1}, "init_std must be a finite number, zero or more"),
+        ({"weight_decay": "nan"}, "weight_decay must be a finite number"),
+        ({"l2": -0.1}, "l2 must be"),
+        ({"table_lr": -1}, "table optimizer: lr must"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_refused_before_anything_is_written(planted, tmp_path, more, said):
+    out = tmp_path / "report"
+    with pytest.raises(UserError, match=said):
+        run.run_study(study(planted, tmp_path, **more), out)
+    assert not out.exists()
+
+
+def test_a_run_that_fails_is_noted_and_the_others_go_on(planted, tmp_path, monkeypatch):
+    out = tmp_path / "report"
+    made = study(planted, tmp_path, seeds=[0], epochs=1, arms={"a <b>": ARMS["mean"], "twin": ARMS["twin"]})
+    train = run._trained
+
+    def failing(made, cell, key):
+        if cell.arm.name != "twin":
+            raise ValueError("no |\nluck")
+        return train(made, cell, key)
+
+    monkeypatch.setattr(run, "_trained", failing)
+    with pytest.raises(UserError, match=r"1 of 2 runs failed .* first a <b>, dense, no budget, seed 0: ValueError: no"):
+        run.run_study(made, out)
+    rows = list(run.read_results(out / "results.csv").values())
+    assert sorted(row["status"] for row in rows) == ["failed", "ok"]
+    assert len(next(row["auc_resampled"] for row in rows if row["status"] == "ok")) == 200
+    monkeypatch.setattr(run, "_trained", train)
+    run.run_study(made, out)
+    assert {row["status"] for row in run.read_results(out / "results.csv").values()} == {"ok"}
+
+
+def row(arm, seed, auc, resampled):
+    texts = {"status": "ok", "arm": arm, "method": "dense", "budget": "none", "auc_resampled": resampled}
+    return dict.fromkeys(run.COLUMNS) | texts | {"seed": seed, "auc": auc, "nbytes": 8, "seconds": 1.0}
+
+
+def test_a_difference_holds_both_chances(planted, tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.004, 200)
+    rows = [row("mean", seed, 0.7, [0.7] * 200) for seed in range(3)]
+    rows += [row("twin", seed, 0.71 + 0.001 * seed, (0.71 + noise).tolist()) for seed in range(3)]
+    gap = difference(*({r["seed"]: r["auc"] for r in each} for each in (rows[3:], rows[:3])))
+    whole = half_width(0.001**2 / 3, float(np.var(noise, ddof=1)), 3)
+    shown = report(study(planted, tmp_path), Dataset.load(planted), rows)
+    assert f"+0.0110 ± {whole:.4f}" in shown
+    assert whole > 1.9 * 0.004 > gap.seeds.high - gap.seeds.mean
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("compare_sequences_*.yaml")), ids=lambda file: file.stem)
