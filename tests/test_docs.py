@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pdoc
 import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 
@@ -35,3 +37,21 @@ def test_the_example_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("module", re.findall(r"`(embtab\.\w+)`", et.__doc__ or ""))
 def test_the_modules_that_the_package_names_say_what_they_hold(module: str) -> None:
     assert importlib.import_module(module).__doc__
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "native", "torch"])
+def test_the_loop_of_the_page_on_training(backend: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    tables = et.EmbeddingBagCollection(et.plan([et.Feature("user", 50)], "hash", "0.5x"), backend)
+    model = torch.nn.ModuleDict({"tables": tables, "head": torch.nn.Linear(16, 1)})
+    ids = KeyedJaggedTensor(["user"], torch.arange(50), lengths=torch.ones(50, dtype=torch.int64))
+    losses: list[float] = []
+
+    def loss_of(model: torch.nn.ModuleDict, batch: KeyedJaggedTensor) -> torch.Tensor:
+        loss = (model["head"](model["tables"](batch).values()) - 1).square().mean()
+        losses.append(loss.item())
+        return loss
+
+    exec(example, {"model": model, "batches": [ids] * 300, "loss_of": loss_of})
+    assert losses[-1] < 0.5 * losses[0]
