@@ -34,7 +34,7 @@ from embtab.errors import UserError
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.lookup import Request, StackedLookup, moved
 from embtab.methods import Table
-from embtab.native_loop import CTables, Read, library, placed_rows, tables_of, update
+from embtab.native_loop import CTables, Read, compiled_loop, placed_rows, tables_of, update
 
 MAX_ROWS = 2**32
 """Rows of one width that an update can tell apart."""
@@ -56,7 +56,7 @@ class NativeLookup(StackedLookup):
 
     def __init__(self, tables: Sequence[Table], fused: FusedOptimizer) -> None:
         super().__init__(tables, fused)
-        library()
+        compiled_loop()
         for width, rows in self.stacked_rows.items():
             if rows >= MAX_ROWS:
                 raise UserError(

@@ -180,7 +180,7 @@ class Read:
 
     def _run(self, i: int, name: str, tables: CTables, *tensors: Tensor) -> list[Any]:
         """Calls a function for all bags of a request, in as many threads as are worth it."""
-        function, batch = getattr(library(), name), ctypes.byref(self._batches[i])
+        function, batch = getattr(compiled_loop(), name), ctypes.byref(self._batches[i])
         pointers = [tensor.data_ptr() for tensor in tensors]
         threads, bags = _threads(self.ids, tables), self._batches[i].features * self._batches[i].bags
         ends = [bags * part // threads for part in range(threads + 1)]
@@ -197,10 +197,10 @@ def update(tables: CTables, reads: Sequence[tuple[Read, Tensor]]) -> None:
     ids = sum(read.ids for read, _ in reads)
     threads = _threads(ids, tables)
     given = ctypes.byref(tables)
-    begin = partial(library().embtab_begin_update, (CBatch * len(batches))(*batches), len(batches), given)
+    begin = partial(compiled_loop().embtab_begin_update, (CBatch * len(batches))(*batches), len(batches), given)
     begun = together([partial(begin, part, threads) for part in range(threads)])
     stepped = given if all(begun) else None
-    together([partial(library().embtab_end_update, each, stepped) for each in begun if each])
+    together([partial(compiled_loop().embtab_end_update, each, stepped) for each in begun if each])
     if not all(begun):
         raise MemoryError(f"no memory left for the update of {ids} rows")
 
@@ -217,7 +217,7 @@ def placed_rows(arithmetic: str, ids: Tensor, sizes: Sequence[int], bases: Tenso
     counts = (ctypes.c_int64 * len(sizes))(*sizes)
     pointers = bases.data_ptr(), constants.data_ptr(), rows.data_ptr()
     kind = ARITHMETICS.index(arithmetic)
-    if library().embtab_place_rows(kind, ids.data_ptr(), counts, *bases.shape, *pointers):
+    if compiled_loop().embtab_place_rows(kind, ids.data_ptr(), counts, *bases.shape, *pointers):
         raise UserError(f"ids are divided by a constant below one ({arithmetic}); the plan's constants are wrong")
     return rows
 
@@ -230,7 +230,7 @@ def _offsets(lengths: Tensor, ids: int, width: int) -> Tensor:
     """int64 [B + 1]: where bags begin."""
     lengths = lengths.long().contiguous()
     offsets = torch.empty(len(lengths) + 1, dtype=torch.int64)
-    if library().embtab_offsets(lengths.data_ptr(), len(lengths), ids, offsets.data_ptr()):
+    if compiled_loop().embtab_offsets(lengths.data_ptr(), len(lengths), ids, offsets.data_ptr()):
         check_lengths(lengths, ids, width)
     return offsets
 
@@ -246,7 +246,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def compiled_loop() -> ctypes.CDLL:
     """`native.cpp`, built on first use.
 
     Raises:
