@@ -26,7 +26,7 @@ from embtab.bundle_files import check_finite, map_tensors
 from embtab.errors import UserError
 from embtab.files import new_folder
 from embtab.reader import Bundle
-from embtab.serving.inputs import ONE_MORE, check, check_ids, empty
+from embtab.serving.inputs import ONE_MORE, check, check_bags, check_ids, empty
 from embtab.serving.ranker import Ranker
 from embtab.serving.tables import ServedTables
 from embtab.signed import CONFIG, BundleError, check_files, need, read_signed, refused, write_signed
@@ -323,10 +323,12 @@ class Program:
         """The outputs by name.
 
         Raises:
-            UserError: when an input is missing, or is not of the type or shape that `config` says, or an id is out of
-                range.
+            UserError: when an input is missing, or is not of the type or shape that `config` says, an id is out of
+                range, or offsets are not those of bags.
         """
-        nothing = empty(self.config["outputs"], check(self.config["inputs"], inputs))
+        lengths = check(self.config["inputs"], inputs)
+        check_bags(self.config["inputs"], inputs)
+        nothing = empty(self.config["outputs"], lengths)
         if nothing is not None:
             return nothing
         try:

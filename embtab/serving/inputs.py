@@ -4,7 +4,7 @@ may divide by a number of rows that is none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,26 @@ def check(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray
             if known != length:
                 raise UserError(f"{asked}, and is {_words(array.shape)}: {word} is {known} by input {first!r}")
     return {word: length for word, (length, _) in lengths.items()}
+
+
+def check_bags(taken: Iterable[str], given: Mapping[str, np.ndarray]) -> None:
+    """Makes sure that offsets rise from 0 to the number of their feature's ids, as `Bundle.lookup` does.
+
+    Args:
+        taken: the names of a program's inputs.
+        given: arrays that `check` has seen.
+
+    Raises:
+        UserError: when they do not.
+    """
+    for name in taken:
+        feature = name.removeprefix("offsets.")
+        ids = given.get(f"ids.{feature}")
+        if feature == name or ids is None:
+            continue
+        offsets = given[name]
+        if not len(offsets) or offsets[0] or offsets[-1] != len(ids) or (offsets[1:] < offsets[:-1]).any():
+            raise UserError(f"input {name!r} must rise from 0 to the {len(ids)} ids of feature {feature!r}")
 
 
 def empty(made: Mapping[str, Mapping[str, Any]], lengths: Mapping[str, int]) -> dict[str, np.ndarray] | None:

@@ -357,6 +357,13 @@ def test_offsets_are_one_more_than_rows(original: Path) -> None:
     assert found["vectors.user"].shape == (3, 4)
 
 
+@pytest.mark.parametrize("offsets", [[0, 2, 1, 3], [0, 1, 2, 2], [0, 1, 2, 4], [1, 1, 2, 3], [0, -1, 2, 3], []])
+def test_offsets_that_are_not_those_of_bags_are_refused(original: Path, offsets: list[int]) -> None:
+    """As the reader refuses them: runtimes answer, or read past the end."""
+    with pytest.raises(UserError, match=r"input 'offsets.user' must rise from 0 to the 3 ids of feature 'user'"):
+        Program(original).run({"ids.user": np.arange(3), "offsets.user": np.array(offsets, np.int64)})
+
+
 @pytest.fixture(scope="module")
 def stacked_ranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stacked")
