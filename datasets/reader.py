@@ -44,12 +44,14 @@ class Batch(Pipelineable):
         sparse: KeyedJaggedTensor with one key per feature, in dataset order; int64 values and lengths.
         label: float32 [B], 0 or 1.
         user: int64 [B], or None where the dataset names no user column.
+        row: int64 [B], the rows' numbers in their split, counted from 0 in file order; None of a shuffled stream.
     """
 
     dense: Tensor
     sparse: KeyedJaggedTensor
     label: Tensor
     user: Tensor | None = None
+    row: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label)
@@ -61,16 +63,18 @@ class Batch(Pipelineable):
             self.sparse.to(torch.device(device), non_blocking=non_blocking),
             self.label.to(device, non_blocking=non_blocking),
             None if self.user is None else self.user.to(device, non_blocking=non_blocking),
+            None if self.row is None else self.row.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which copies to a GPU can overlap with work."""
         user = None if self.user is None else self.user.pin_memory()
-        return Batch(self.dense.pin_memory(), self.sparse.pin_memory(), self.label.pin_memory(), user)
+        row = None if self.row is None else self.row.pin_memory()
+        return Batch(self.dense.pin_memory(), self.sparse.pin_memory(), self.label.pin_memory(), user, row)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the memory from being reused before `stream` is done with it."""
-        for tensor in (self.dense, self.sparse, self.label, self.user):
+        for tensor in (self.dense, self.sparse, self.label, self.user, self.row):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -88,6 +92,8 @@ class ParquetBatches(IterableDataset[Batch]):
         shuffle: permute row groups, and rows within windows of several row groups, anew each epoch.
         seed: of the shuffle.
         drop_last: drop the last batch of each rank unless it is full.
+        every_row: repeat the last row until the ranks' shares are equal, instead of leaving out the rows that are too
+            few for a further one on each rank; `Batch.row` tells the repetitions.
         prefetch: windows decoded ahead by a thread; 0 decodes in the caller's thread.
         rank: of this process; by default from torch.distributed where it is initialised, else 0.
         world_size: number of processes; default as for `rank`. Every rank yields equally many batches of equal sizes.
@@ -111,6 +117,7 @@ class ParquetBatches(IterableDataset[Batch]):
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        every_row: bool = False,
         prefetch: int = 2,
         rank: int | None = None,
         world_size: int | None = None,
@@ -126,20 +133,21 @@ class ParquetBatches(IterableDataset[Batch]):
         self.dataset = Dataset.load(folder)
         self._groups = row_groups(self.folder, self.dataset, split)
         self.rows = sum(group.rows for group in self._groups)
-        whole = Deal(self.rows, self.world_size, batch_size, drop_last=drop_last)
+        self._padding = -self.rows % self.world_size if every_row else 0
+        whole = Deal(self.rows + self._padding, self.world_size, batch_size, drop_last=drop_last)
         if len(whole) == 0:
             raise UserError(
                 f"{folder}: the {split} split has {self.rows} rows, too few for a batch of {batch_size} on each of "
                 f"{self.world_size} ranks; use a smaller batch_size or fewer ranks"
             )
-        self.rows_dropped = self.rows - whole.rows_per_rank * self.world_size
+        self.rows_dropped = self.rows + self._padding - whole.rows_per_rank * self.world_size
         self._batches_per_epoch = len(whole)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
         """Makes the next iteration a whole epoch."""
         self.epoch, self._position, self._resumed = epoch, 0, False
-        self._ranges: list[Range] = [(0, self.rows)]
+        self._ranges: list[Range] = [(0, self.rows), *[(self.rows - 1, self.rows)] * self._padding]
 
     def __len__(self) -> int:
         """Batches that each rank yields in an epoch."""
@@ -257,16 +265,20 @@ class ParquetBatches(IterableDataset[Batch]):
             (i, deal.rows_of(self.rank, within(ranges, begin, end), start, stop) - begin)
             for i, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
         )
-        return ahead((partial(self._decode, windows[i], i, at) for i, at in mine if len(at)), self.prefetch)
+        begins = [0, *ends]
+        return ahead((partial(self._decode, windows[i], i, at, begins[i]) for i, at in mine if len(at)), self.prefetch)
 
-    def _decode(self, window: list[RowGroup], index: int, at: NDArray[np.int64]) -> Rows:
-        """The rows of a window that stand at these places of its order."""
+    def _decode(self, window: list[RowGroup], index: int, at: NDArray[np.int64], begin: int) -> Rows:
+        """The rows of a window, which begins at `begin`, that stand at these places of its order."""
         columns = [name for name in self.dataset.arrow_schema().names if name not in self.dataset.unread]
         tables = [read_columns(group, columns) for group in window]
         rows = sum(len(table) for table in tables)
         if self.shuffle:
             at = np.random.default_rng((self.seed, self.epoch, index)).permutation(rows)[at]
-        return Rows.of(tables, self.dataset, at if self.shuffle or len(at) < rows else None)
+            return Rows.of(tables, self.dataset, at)
+        decoded = Rows.of(tables, self.dataset, None if np.array_equal(at, np.arange(rows)) else at)
+        decoded.row = torch.from_numpy(begin + at)
+        return decoded
 
     def _assemble(self, pieces: list[tuple[Rows, int, int]]) -> Batch:
         values, lengths, length_per_key = [], [], []
@@ -286,7 +298,8 @@ class ParquetBatches(IterableDataset[Batch]):
         )
         dense = torch.cat([rows.dense[low:high] for rows, low, high in pieces])
         users = [rows.user[low:high] for rows, low, high in pieces if rows.user is not None]
-        return Batch(dense, sparse, label, torch.cat(users) if users else None)
+        numbers = [rows.row[low:high] for rows, low, high in pieces if rows.row is not None]
+        return Batch(dense, sparse, label, torch.cat(users) if users else None, torch.cat(numbers) if numbers else None)
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -29,12 +29,13 @@ class Bags:
 
 @dataclass
 class Rows:
-    """A decoded window of n rows: label [n], dense [n, D], one `Bags` per feature, user [n]."""
+    """A decoded window of n rows: label [n], dense [n, D], one `Bags` per feature, user [n], row [n] where known."""
 
     label: Tensor
     dense: Tensor
     features: list[Bags]
     user: Tensor | None
+    row: Tensor | None = None
 
     @classmethod
     def of(cls, tables: list[pa.Table], dataset: Dataset, order: np.ndarray | None) -> Rows:

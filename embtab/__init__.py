@@ -30,6 +30,7 @@ The names of this page are what most programs need. What lies behind them:
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from embtab.methods import METHODS
     from embtab.planning import Plan, plan
     from embtab.sharding.strategy import TorchRecStrategy
+    from embtab.training.contract import TableContract
     from embtab.training.data import DataModule
     from embtab.training.task import RankingTask
 
@@ -59,6 +61,7 @@ _HOMES = {
     "Optimizer": "embtab.fused",
     "Plan": "embtab.planning",
     "RankingTask": "embtab.training.task",
+    "TableContract": "embtab.training.contract",
     "TorchRecStrategy": "embtab.sharding.strategy",
     "from_dense": "embtab.importing",
     "load": "embtab.bundle",
@@ -80,6 +83,7 @@ __all__ = [
     "Optimizer",
     "Plan",
     "RankingTask",
+    "TableContract",
     "TorchRecStrategy",
     "from_dense",
     "load",
@@ -96,6 +100,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'embtab' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
+    if "lightning.pytorch.strategies" in sys.modules:  # then Trainer(strategy="torchrec") may come
+        importlib.import_module("embtab.training.strategies").register()
     return value
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -35,7 +36,6 @@ from embtab.hashing import seed_of
 from embtab.lookup import Lookup, Request, make_lookup, usable_device
 from embtab.methods import Encoding
 from embtab.planning import Plan
-from embtab.quantise import served
 from embtab.reminder import Reminder
 from embtab.unmade import Unmade
 from embtab.ways import JoinedRows, PerDistinctId, Way, joins, once, ways_of
@@ -57,7 +57,15 @@ class Asked:
 
 
 class Collection(nn.Module):
-    """What both collections share: the plan, the lookup backend and the blocks of features."""
+    """What both collections share: the plan, the lookup backend and the blocks of features.
+
+    Attributes:
+        per_process: whether each process of torch.distributed trains tables of its own on purpose, as independent
+            trials do; else tables of the fbgemm and native backends are trained by several processes only once
+            `TorchRecStrategy` has spread them.
+    """
+
+    per_process = False
 
     def __init__(
         self,
@@ -88,9 +96,14 @@ class Collection(nn.Module):
         self.init(init_std)
 
     def _remind(self) -> None:
-        """Takes note of a batch to train on."""
+        """Takes note of a batch to train on.
+
+        Raises:
+            UserError: when other processes would train other tables.
+        """
         if self.training and torch.is_grad_enabled():
             self.reminder.trained()
+            self._check_processes()
 
     def _each_block(self) -> Iterator[Block]:
         for block in self.blocks:
@@ -163,13 +176,14 @@ class Collection(nn.Module):
     def round_to_served(self) -> None:
         """Replaces every row by the value that serving will read in the plan's precision; after it, stop training.
 
+        Where tables are spread over processes, all of them call it.
+
         Raises:
             UserError: when a table holds an entry that cannot be stored in its precision; it names the table.
         """
         for name, table in self.plan.tables.items():
-            rows = self.lookup.table(name)
             try:
-                rows.copy_(served(rows, table.precision))
+                self.lookup.round_to_served(name)
             except ValueError as error:
                 raise UserError(f"table {name!r} cannot be served in {table.precision}: {error}") from None
 
@@ -236,6 +250,22 @@ class Collection(nn.Module):
             compiler("compile_rows")
         for block in self._each_block():
             block.fuse()
+
+    def _check_processes(self) -> None:
+        """DistributedDataParallel and DistributedModelParallel synchronise no table that trains inside backward.
+
+        Raises:
+            UserError: when processes would silently train different tables.
+        """
+        alone = self.lookup.fused is not None and not self.lookup.spread
+        if not alone or self.per_process:
+            return
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise UserError(
+                f"each of {dist.get_world_size()} processes would train other tables; spread them by "
+                'embtab.TorchRecStrategy, train them with backend="torch" under DistributedDataParallel, or set '
+                "per_process = True on the collection where each process has a model of its own"
+            )
 
     def pools(self, encoding: Encoding) -> bool:
         """Whether the lookup sums bags of an encoding's parts, or is asked for the parts of every id."""

@@ -30,6 +30,7 @@ from embtab.errors import UserError
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.methods import Encoding, Table
 from embtab.methods.base import LiveTable
+from embtab.quantise import served
 from embtab.state import NamedState, Place, at, planted
 
 
@@ -83,10 +84,12 @@ class Lookup(NamedState):
     Attributes:
         base: what to add to a row of a table, by the table's name.
         fused: the optimizer applied inside backward; None where the tables' optimizer is outside.
+        spread: whether the tables are spread over processes, which train them together.
         joins: whether the lookup makes vectors of several rows itself, and rows of ids by `placed_rows`.
     """
 
     joins: ClassVar[bool] = False
+    spread: ClassVar[bool] = False
 
     def __init__(self, tables: Sequence[Table], fused: FusedOptimizer | None = None) -> None:
         super().__init__()
@@ -126,6 +129,19 @@ class Lookup(NamedState):
     @abstractmethod
     def table(self, name: str) -> Tensor:
         """The matrix [num_rows, W] of one table, detached: writing to it writes to the table."""
+
+    def parts(self, name: str) -> list[Tensor]:
+        """What this process holds of a table, detached: writing to it writes to the table."""
+        return [self.table(name)]
+
+    def round_to_served(self, name: str) -> None:
+        """Replaces every row of a table by the value that serving will read in the table's precision.
+
+        Raises:
+            ValueError: when an entry cannot be stored in it.
+        """
+        rows = self.table(name)
+        rows.copy_(served(rows, self.tables[name].precision))
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -28,7 +27,8 @@ from embtab.training import metrics
 from embtab.training.checkpoint import WholeFiles
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
-from embtab.training.task import RankingTask, Rows
+from embtab.training.served import ServedRows
+from embtab.training.task import RankingTask, Rows, columns
 
 
 class MeasuredTask(RankingTask):
@@ -36,14 +36,13 @@ class MeasuredTask(RankingTask):
 
     tested: Rows
 
-    def on_test_start(self) -> None:
-        """Nothing: rounding what is rounded moves it again, and validation and test are to see the same tables."""
+    def configure_callbacks(self) -> list[L.Callback]:
+        """All but the rounding: what is rounded would move again; validation and test are to see the same tables."""
+        return [each for each in super().configure_callbacks() if not isinstance(each, ServedRows)]
 
     def on_test_epoch_end(self) -> None:
         """Keeps logits, labels and users."""
-        logits, labels, users = zip(*self._seen, strict=True)
-        has_users = users[0] is not None
-        self.tested = (np.concatenate(logits), np.concatenate(labels), np.concatenate(users) if has_users else None)
+        self.tested = columns(self._seen)
         super().on_test_epoch_end()
 
 
@@ -134,7 +133,7 @@ def measured(task: MeasuredTask, trainer: L.Trainer, data: DataModule) -> dict[s
     assert isinstance(task.tables, EmbeddingBagCollection)
     (validated,) = trainer.validate(task, data, verbose=False)
     trainer.test(task, data, verbose=False)
-    logits, labels, users = task.tested
+    logits, labels, users, _ = task.tested
     rarest = measure.rarity(str(data.path))
     served = measure.torch_tables(task.tables)
     return {

@@ -126,12 +126,11 @@ def train(study: Study, cell: Cell) -> dict[str, Any]:
         trainer.fit(task, data)
         task.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
         found: dict[str, Any] = {"val_auc": float(best.best_model_score or 0), "epochs": trainer.current_epoch}
-    collections = [task.tables, *([task.attention] if task.attention is not None else [])]
-    for tables in collections:
-        tables.round_to_served()  # type: ignore[union-attr,operator]
+    for tables in task.collections().values():
+        tables.round_to_served()
     (tested,) = trainer.test(task, data, verbose=False)
     found |= {name.removeprefix("test/"): value for name, value in tested.items()}
-    logits, labels, users = task.tested
+    logits, labels, users, _ = task.tested
     found["auc_resampled"] = [round(value, 7) for value in resampled_auc(labels, logits, users).tolist()]
     if isinstance(task.model, DIN | DARE) and (known := relevance_of(Dataset.load(study.data))):
         found["search_ndcg"] = search_quality(task, study.data, "valid", SEARCHED, relevance=known)

@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from embtab.sharding.pipeline import Sender, Sent
 from embtab.sharding.placement import Kinds, codes, sharders, sharding_plan
 from embtab.sharding.processes import first_says, size_of, whole
 from embtab.sharding.replicas import Replicas
+from embtab.sharding.served import round_shards
 
 
 class ShardedLookup(Lookup):
@@ -55,6 +56,8 @@ class ShardedLookup(Lookup):
     Raises:
         UserError: when torchrec cannot spread the tables so.
     """
+
+    spread: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -175,6 +178,22 @@ class ShardedLookup(Lookup):
         if name in self.replicated:
             return self.replicas.table(name)
         raise UserError(f"table {name!r} is spread over processes; gather it with embtab.sharding.strategy.gathered")
+
+    def parts(self, name: str) -> list[Tensor]:
+        """What this process holds of a table, padded to a multiple of four columns where it is spread."""
+        return [self.table(name)] if name in self.replicated else [each.tensor for each in self._held(name)]
+
+    def round_to_served(self, name: str) -> None:
+        """Rounds what this process holds; called by every process."""
+        if name in self.replicated:
+            super().round_to_served(name)
+        elif self.tables[name].precision != "fp32":
+            round_shards(self._held(name), self.tables[name], self.kinds[name] != "column_wise")
+
+    def _held(self, name: str) -> list[Any]:
+        """The shards of a table that this process holds; perhaps none."""
+        shards = self._shards().get(name)
+        return [] if shards is None else list(shards.local_shards())
 
     def named_state(self) -> dict[str, Any]:
         """The tables: those that are spread as ShardedTensors of rows padded to a multiple of four."""

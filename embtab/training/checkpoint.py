@@ -35,6 +35,13 @@ class WholeFiles(TorchCheckpointIO):
         with replaced_file(Path(path)) as beside, beside.open("wb") as file:
             torch.save(checkpoint, file)
 
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Reads a file; or the folder that many processes wrote, in full."""
+        if "://" not in str(path) and not Path(path).is_file():
+            return read_checkpoint(path)
+        found: dict[str, Any] = super().load_checkpoint(path, *arguments, **options)
+        return found
+
 
 def description(plan: Plan | None, about: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's "embtab" entry: plan, facts about the run, versions and the state of the random generator."""

@@ -13,28 +13,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from embtab.datasets.drift import drift_line
 from embtab.errors import UserError
-from embtab.files import clear, held, replaced_file
+from embtab.files import clear, held
 from embtab.training.best import Best
 from embtab.training.checkpoint import WholeFiles, read_checkpoint
 from embtab.training.data import DataModule
+from embtab.training.devices import placed
+from embtab.training.predictions import Predictions
 from embtab.training.progress import Progress
 from embtab.training.sequence_task import FitSequenceTask
+from embtab.training.strategies import register
 from embtab.training.task import FitTask
 from embtab.training.trust import allowed, check_parsed, held_to
 
 TASKS = {"features": FitTask, "sequences": FitSequenceTask}
+_COUNTS_OR_SHARES = ("overfit_batches", *(f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")))
 _COMMANDS = ("fit", "validate", "test", "predict")
 _DEFAULTS = {
     "max_epochs": 1,
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: with one line that says which setting, option or file is wrong.
     """
     _quieten()
+    register()
     trusted = allowed(argv)
     try:
         with held_to(trusted):
@@ -78,6 +80,7 @@ class FitCLI(LightningCLI):
             trainer_defaults=_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={**strict, **{command: dict(strict) for command in _COMMANDS}},
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -99,11 +102,21 @@ class FitCLI(LightningCLI):
             help="A vector per feature, or behaviour sequences: what `model` holds the settings of.",
         )
         parser.add_argument(
+            "--split",
+            type=Literal["train", "valid", "test"],
+            default="test",
+            help="What predict writes the probabilities of.",
+        )
+        parser.link_arguments("split", "data.predict_split")
+        parser.add_argument(
             "--save_every",
             type=PositiveInt | None,
             default=None,
             help="Write last.ckpt every this many training steps too, not only at the end of an epoch.",
         )
+        for action in parser._actions:  # jsonargparse may try float first, and so read 1 batch as 1.0, all of them
+            if action.dest.removeprefix("trainer.") in _COUNTS_OR_SHARES:
+                action._typehint = int | float | None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and checks what is named and the checkpoint before anything is built."""
@@ -123,8 +136,9 @@ class FitCLI(LightningCLI):
         """The configured Trainer with our progress and checkpoints added to its callbacks."""
         self.trainer_defaults = {**_DEFAULTS, "callbacks": self._callbacks()}
         try:
+            kwargs = placed(self._get(self.config_init, "trainer"), self.model) | kwargs
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # the last for callbacks that share a key
             raise UserError(f"trainer: {_one_line(error)}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
@@ -146,16 +160,22 @@ class FitCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Trains; with --ckpt_path exactly from where that run had come."""
-        print(self.model._plan().describe(), file=sys.stderr)
-        attention = getattr(self.model, "attention", None)
-        if attention is not None:
-            print(f"attention:\n{attention.plan.describe()}", file=sys.stderr)
+        self._describe()
         self._say_drift("valid")
         self._check_that_something_is_left(kwargs.get("ckpt_path"))
         with self._run_folder():
             self.trainer.fit(weights_only=True, **kwargs)
-        if self.trainer.is_global_zero:
-            print(f"run: {self.trainer.log_dir}", file=sys.stderr)
+        folder = self.trainer.log_dir  # which every process has to ask for
+        if self.trainer.is_global_zero and folder is not None:
+            print(f"run: {folder}", file=sys.stderr)
+
+    def _describe(self) -> None:
+        """What is trained: bytes and methods of every table."""
+        if not self.trainer.is_global_zero:
+            return
+        for name, collection in self.model.collections().items():
+            head = "" if name == "tables" else f"{name}:\n"
+            print(f"{head}{collection.plan.describe()}", file=sys.stderr)
 
     def _say_drift(self, split: str) -> None:
         """How many ids of a split training never saw, which explains a good part of how its metrics turn out."""
@@ -211,14 +231,29 @@ class FitCLI(LightningCLI):
         self.trainer.test(weights_only=True, **kwargs)
 
     def predict(self, **kwargs: Any) -> None:
-        """Writes a probability for each row of the test split, in its order, to predictions.parquet."""
-        self._say_drift("test")
-        kwargs["return_predictions"] = True
-        batches = self.trainer.predict(weights_only=True, **kwargs)
-        target = Path(self.trainer.log_dir or ".") / "predictions.parquet"
-        with replaced_file(target) as beside:
-            pq.write_table(pa.table({"probability": torch.cat(batches).numpy()}), beside)
-        print(f"predictions: {target}", file=sys.stderr)
+        """Writes a probability for each row of a split to predictions.parquet, in the split's order, beside the row's
+        number and its user.
+        """
+        if self.datamodule.predict_split != "train":
+            self._say_drift(self.datamodule.predict_split)
+        written = Predictions(self.datamodule)
+        self.trainer.callbacks.append(written)
+        self.trainer.predict(weights_only=True, **{**kwargs, "return_predictions": False})
+        if written.path is not None:
+            print(f"predictions: {written.path}", file=sys.stderr)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole configuration as config.yaml into the run's folder, and over no file that was read."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes it, where the run has a folder of its own: without a logger its files go to the working folder."""
+        folder = trainer.log_dir
+        if not trainer.loggers or folder is None:
+            return
+        target = Path(folder).resolve() / self.config_filename
+        if all(Path(each).resolve() != target for each in self.config.get("config") or []):
+            super().setup(trainer, pl_module, stage)
 
 
 def _task_of(argv: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ class DataModule(L.LightningDataModule):
         batch_size: rows per batch and process: N processes with B rows see the batches of one process with N * B.
         seed: of the shuffle of the training split.
         num_workers: processes that read; 0 reads with a thread of this one.
+        predict_split: what `Trainer.predict` reads: "train", "valid" or "test".
 
     Attributes:
         dataset: the folder's description.
@@ -34,16 +35,23 @@ class DataModule(L.LightningDataModule):
         DataError: when the folder is no prepared dataset, or a file of it is damaged.
     """
 
-    def __init__(self, path: str, batch_size: int = 4096, seed: int = 0, num_workers: int = 0):
+    def __init__(
+        self, path: str, batch_size: int = 4096, seed: int = 0, num_workers: int = 0, predict_split: str = "test"
+    ):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, got {num_workers}")
+        if seed < 0:
+            raise UserError(f"seed must be 0 or more, got {seed}")
+        if predict_split not in SPLITS:
+            raise UserError(f"unknown split {predict_split!r} to predict; splits are {', '.join(SPLITS)}")
         self.path = Path(path)
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.predict_split = predict_split
         self.dataset: Dataset = Dataset.load(self.path)
         self.features: list[Feature] = read_features(self.path)
         for split in SPLITS:  # a damaged file is found here, before anything is trained or written
@@ -80,22 +88,29 @@ class DataModule(L.LightningDataModule):
         self._resume_from = state_dict
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """The validation split in order."""
+        """The validation split, every row of it."""
         return self._loader("valid")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """The test split in order."""
+        """The test split, every row of it."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test split in order."""
-        return self._loader("test")
+        """The rows of `predict_split` in file order.
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
-        batches = ParquetBatches(self.path, split, self.batch_size, shuffle=shuffle, seed=self.seed)
+        A thread of this process reads them: each of several workers would have to decode all files to keep the order.
+        On many processes, each has its piece of every batch; `Batch.row` says which rows.
+        """
+        return self._loader(self.predict_split, num_workers=0)
+
+    def _loader(self, split: str, shuffle: bool = False, num_workers: int | None = None) -> DataLoader[Batch]:
+        batches = ParquetBatches(
+            self.path, split, self.batch_size, shuffle=shuffle, seed=self.seed, every_row=not shuffle
+        )
+        workers = self.num_workers if num_workers is None else num_workers
         # A generator of its own, so that starting an epoch draws nothing from the global one: a resumed run starts
         # its loaders at other moments, and must see the same random numbers all the same.
-        return DataLoader(batches, batch_size=None, num_workers=self.num_workers, generator=torch.Generator())
+        return DataLoader(batches, batch_size=None, num_workers=workers, generator=torch.Generator())
 
     def _batches_per_epoch(self) -> float:
         """How many training batches the Trainer takes from an epoch; fewer than there are with limit_train_batches."""

@@ -66,7 +66,7 @@ class SequenceTask(RankingTask):
         self.attention = attention
         self.l2 = l2
         self._check(model)
-        self.counts = {name: id_counts(each.plan.features) for name, each in self._collections().items()} if l2 else {}
+        self.counts = {name: id_counts(each.plan.features) for name, each in self.collections().items()} if l2 else {}
         if attention is not None:
             self.about["attention_plan"] = attention.plan.to_dict()
 
@@ -84,7 +84,8 @@ class SequenceTask(RankingTask):
     def _is_auxiliary(self) -> bool:
         return isinstance(self.model, DARE) and self.model.whole is not None
 
-    def _collections(self) -> dict[str, EmbeddingCollection]:
+    def collections(self) -> dict[str, EmbeddingCollection]:
+        """The tables by name: "tables", and "attention" where it has its own."""
         found = {"tables": self.tables, "attention": self.attention}
         return {name: each for name, each in found.items() if isinstance(each, EmbeddingCollection)}
 
@@ -102,7 +103,7 @@ class SequenceTask(RankingTask):
         if self._is_auxiliary:
             further = self.model.auxiliary_logits(*(self.layout.gathered(each) for each in vectors.values()))  # type: ignore[operator]
             loss = loss + nn.functional.binary_cross_entropy_with_logits(further, batch.label)
-        for name, collection in self._collections().items() if self.l2 else ():
+        for name, collection in self.collections().items() if self.l2 else ():
             features = collection.plan.features
             loss = loss + self.l2 * minibatch_l2(vectors[name], sparse, features, self.counts[name])
         return loss
@@ -118,12 +119,6 @@ class SequenceTask(RankingTask):
         with torch.no_grad():
             return self.model.scores(self._attention_of_all(batch.sparse))
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Lets adaptive tables reorganise themselves; see `RankingTask.on_train_batch_start`."""
-        epoch = self.current_epoch if batch_idx == 0 and self.current_epoch > 0 else None
-        for collection in self._collections().values():
-            collection.adapt(self.global_step, epoch)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint was made with the same plans.
 
@@ -137,7 +132,7 @@ class SequenceTask(RankingTask):
     def _ranked(self, batch: Batch) -> tuple[Tensor, KeyedJaggedTensor, dict[str, Vectors]]:
         """Logits; the events that were looked up for them; and the vectors that came, by collection."""
         sparse = self._searched(batch.sparse)
-        vectors = {name: each(sparse) for name, each in self._collections().items()}
+        vectors = {name: each(sparse) for name, each in self.collections().items()}
         events, others = self.layout.gathered(vectors["tables"]), self.layout.pooled(vectors["tables"])
         attention = [self.layout.gathered(vectors["attention"])] if "attention" in vectors else []
         return self.model(batch.dense, others, events, *attention), sparse, vectors
@@ -154,7 +149,7 @@ class SequenceTask(RankingTask):
 
     def _attention_of_all(self, sparse: KeyedJaggedTensor) -> Events:
         """Attention vectors of whole histories; adaptive tables do not count these look-ups."""
-        collection = self._collections()["tables" if self.attention is None else "attention"]
+        collection = self.collections()["tables" if self.attention is None else "attention"]
         was_training = collection.training
         collection.eval()
         vectors = collection(sparse)

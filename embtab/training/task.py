@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from embtab.collections import EmbeddingBagCollection
+from embtab.collections import Collection, EmbeddingBagCollection
 from embtab.datasets.reader import Batch
 from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
@@ -25,18 +26,21 @@ from embtab.models.autoint import AutoInt
 from embtab.planning import Plan, plan
 from embtab.training import metrics
 from embtab.training.checkpoint import described, description
+from embtab.training.contract import TableContract
 from embtab.training.culprit import REMEDY, culprit, not_finite
 from embtab.training.schedule import Schedule
+from embtab.training.served import ServedRows
 
-Rows = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64] | None]
-"""Logits, labels and users of some rows."""
+Rows = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64] | None, NDArray[np.int64] | None]
+"""Logits, labels, users and numbers of some rows."""
 
 
 class RankingTask(L.LightningModule):
     """Trains embedding tables and a ranker together; measures AUC, log loss, normalised entropy and calibration.
 
     The dense parameters are trained by Adam; tables whose optimizer is fused into backward update themselves. One
-    schedule drives the learning rates of both.
+    schedule drives the learning rates of both. Validation measures the rows as they are trained; test and prediction
+    read them as they are served, in the plan's precision, and training may go on after them as if they had not been.
 
     Args:
         tables: a module KeyedJaggedTensor -> KeyedTensor, such as `EmbeddingBagCollection` or torchrec's.
@@ -44,6 +48,9 @@ class RankingTask(L.LightningModule):
         lr: Adam's learning rate for the dense parameters.
         weight_decay: Adam's weight decay for them.
         schedule: of all learning rates; constant if None.
+
+    Raises:
+        UserError: for a learning rate or a weight decay below zero.
     """
 
     def __init__(
@@ -55,6 +62,9 @@ class RankingTask(L.LightningModule):
         schedule: Schedule | None = None,
     ):
         super().__init__()
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise UserError(f"{name} must be a number from 0 on, got {value}")
         self.tables = tables
         self.model = model
         self.lr = lr
@@ -64,6 +74,10 @@ class RankingTask(L.LightningModule):
         """More about this run for the checkpoint; plain JSON types only."""
         self._seen: list[Rows] = []
         self._random_state: Tensor | None = None
+
+    def collections(self) -> Mapping[str, Collection]:
+        """The tables of embtab by name; none where the tables are another library's."""
+        return {"tables": self.tables} if isinstance(self.tables, Collection) else {}
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B] of a click."""
@@ -78,9 +92,10 @@ class RankingTask(L.LightningModule):
         """Lets adaptive tables reorganise themselves, before a batch: a checkpoint is made after one, so a resumed run
         does it exactly once, and nothing moves between the last epoch's training and its evaluation.
         """
-        if isinstance(self.tables, EmbeddingBagCollection):
-            new_epoch = batch_idx == 0 and self.current_epoch > 0
-            self.tables.adapt(self.global_step, self.current_epoch if new_epoch else None)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # once a step of the optimizer
+            epoch = self.current_epoch if batch_idx == 0 and self.current_epoch > 0 else None
+            for collection in self.collections().values():
+                collection.adapt(self.global_step, epoch)
 
     def loss(self, batch: Batch) -> Tensor:
         """What training makes small."""
@@ -119,17 +134,26 @@ class RankingTask(L.LightningModule):
         """Keeps logits, labels and users for the end of the epoch."""
         self._keep(batch)
 
-    def on_test_start(self) -> None:
-        """Rounds the tables to what serving will read; tables that a strategy has sharded are measured as trained."""
-        if isinstance(self.tables, EmbeddingBagCollection):
-            self.tables.round_to_served()
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The check of the Trainer, and what makes tests and predictions read rows as they are served; a subclass that
+        has callbacks of its own adds them to these.
+        """
+        return [TableContract(), ServedRows()]
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the rows of a validation that was interrupted."""
+        self._seen = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets the rows of a test that was interrupted."""
+        self._seen = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps logits, labels and users for the end of the epoch."""
         self._keep(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probabilities [B] of a click."""
+        """Probabilities [B] of a click, from rows as they are served."""
         return torch.sigmoid(self(batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -190,15 +214,21 @@ class RankingTask(L.LightningModule):
         return found if isinstance(found, Plan) else None
 
     def _keep(self, batch: Batch) -> None:
-        users = None if batch.user is None else batch.user.cpu().numpy()
-        self._seen.append((self(batch).float().cpu().numpy(), batch.label.cpu().numpy(), users))
+        users, rows = (None if each is None else each.cpu().numpy() for each in (batch.user, batch.row))
+        self._seen.append((self(batch).float().cpu().numpy(), batch.label.cpu().numpy(), users, rows))
 
     def _log_metrics(self, stage: str) -> None:
-        seen = gathered(self._seen)
+        logits, labels, users, rows = columns(gathered(self._seen))
         self._seen = []
-        logits, labels = (np.concatenate([rows[i] for rows in seen]) for i in (0, 1))
-        users = [rows[2] for rows in seen if rows[2] is not None]
-        found = metrics.evaluate(labels, logits, np.concatenate(users) if users else None)
+        if rows is not None and self.trainer.world_size > 1:  # the ranks' shares are equal: the last row may be on some
+            once = np.unique(rows, return_index=True)[1]
+            logits, labels, users = logits[once], labels[once], None if users is None else users[once]
+        found = metrics.evaluate(labels, logits, users)
+        if labels.min() == labels.max():
+            rank_zero_warn(
+                f"all {len(labels)} rows of {stage} have the label {labels[0]:g}: {stage}/auc and {stage}/ne are not "
+                "defined (nan), and nothing that monitors them can choose"
+            )
         # The same on every process already: `sync_dist` only keeps Lightning from advising it.
         self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
 
@@ -262,6 +292,13 @@ class FitTask(RankingTask):
             tables.compile_rows()
         super().__init__(tables, model(len(dataset.dense), len(dataset.features), dim), lr, weight_decay, schedule)
         self.about = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "dense": list(dataset.dense)}
+
+
+def columns(seen: Sequence[Rows]) -> tuple[NDArray, NDArray, NDArray | None, NDArray | None]:
+    """Logits, labels, users and numbers of all rows; None for what is not known of all."""
+    logits, labels, users, rows = ([part[i] for part in seen] for i in range(4))
+    users, rows = (None if any(each is None for each in part) else np.concatenate(part) for part in (users, rows))
+    return np.concatenate(logits), np.concatenate(labels), users, rows
 
 
 def gathered(rows: list[Any]) -> list[Any]:

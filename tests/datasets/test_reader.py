@@ -189,6 +189,29 @@ def test_ranks_get_equal_disjoint_shares(tmp_path_factory, files, world_size, ba
         assert [i for batch in together for i in batch] == whole[: world_size * len(together[0])]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    files=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=6), min_size=1, max_size=4),
+    world_size=st.integers(1, 5),
+    batch_size=st.integers(1, 30),
+)
+def test_every_row_is_read_by_some_rank_and_known_by_its_number(tmp_path_factory, files, world_size, batch_size):
+    total = sum(map(sum, files))
+    assume(total)
+    folder = write(tmp_path_factory.mktemp("every") / "data", files)
+    ranks = []
+    for rank in range(world_size):
+        dataset = ParquetBatches(folder, "train", batch_size, every_row=True, rank=rank, world_size=world_size)
+        ranks.append(list(dataset))
+        assert dataset.rows_dropped == 0
+        for batch in ranks[-1]:
+            check_rows(batch)
+            assert batch.row.tolist() == batch.sparse["C1"].values().tolist()
+    assert len({tuple(map(len, batches)) for batches in ranks}) == 1
+    together = [row for step in zip(*ranks, strict=True) for batch in step for row in batch.row.tolist()]
+    assert together == [min(i, total - 1) for i in range(-(-total // world_size) * world_size)]
+
+
 def test_epochs_and_seeds_differ_and_repeat(folder):
     def stream(seed, epoch):
         dataset = ParquetBatches(folder, "train", 32, shuffle=True, seed=seed)

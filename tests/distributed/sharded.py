@@ -370,7 +370,7 @@ def refusals(rank: int, world_size: int, port: int, folder: str) -> None:
     )
     attempt("weights", lambda: tables(batch))
     seen["weights"] += " but by id they do" if weights_learn(batch) else ""
-    attempt("table", lambda: tables.round_to_served())
+    seen["table"] = {kind: served_apart(kind) for kind in KINDS}
     attempt("first", lambda: first_says(lambda: 1 // 0))
     attempt("columns", lambda: shard(learner(ALL[0], "rowwise_adagrad").tables, "column_wise", torch.device("cpu")))
     drawn = et.EmbeddingBagCollection(RESUMED.plan(), optimizer=et.Optimizer("sgd"))
@@ -418,6 +418,19 @@ def orders(tables: Any, batch: KeyedJaggedTensor) -> tuple[list[str], list[str]]
     return asked, bags(KeyedJaggedTensor(asked, rows, lengths=lengths)).wait().keys()
 
 
+def served_apart(kind: str) -> float:
+    """How far rows that are rounded where they are spread lie from those of a table in one piece."""
+    plan = et.plan([et.Feature("items", 101), et.Feature("shop", 33)], "dense", dim=6, precision="int4")
+    one, spread = (et.EmbeddingBagCollection(plan, optimizer=et.Optimizer("sgd")) for _ in range(2))
+    for each in (one, spread):
+        each.init(0.3, seed=5)
+    shard(spread, kind, torch.device("cpu"))
+    one.round_to_served()
+    spread.round_to_served()
+    rounded = gathered(spread).lookup
+    return max(float((one.lookup.table(name) - rounded.table(name)).abs().max()) for name in plan.tables)
+
+
 def weights_learn(batch: KeyedJaggedTensor) -> bool:
     """Whether weights of a batch get their gradient from tables whose rows travel by id."""
     found = []
@@ -425,6 +438,7 @@ def weights_learn(batch: KeyedJaggedTensor) -> bool:
         tables = learner(ALL[0], "sgd").tables
         if spread:
             shard(tables, "row_wise_ids", torch.device("cpu"))
+        tables.per_process = not spread
         weights = batch.weights().detach().clone().requires_grad_()
         asked = KeyedJaggedTensor(batch.keys(), batch.values(), lengths=batch.lengths(), weights=weights)
         tables(asked).values().square().sum().backward()

@@ -80,16 +80,85 @@ def test_every_method_trains(toy, tmp_path, method):
     assert all(changed)
 
 
-def test_the_test_measures_rows_as_they_are_served(toy, tmp_path):
+def test_test_and_prediction_read_rows_as_served_and_leave_the_trained_ones(toy, tmp_path):
     learner, data = task(toy, precision="int4", init_std=0.3, table_lr=0.5), DataModule(str(toy), BATCH)
     run = trainer(tmp_path)
     run.fit(learner, data)
-    trained = {name: learner.tables.lookup.table(name).clone() for name in learner.tables.plan.tables}
-    run.test(learner, data, verbose=False)
-    for name, rows in trained.items():
-        rounded = torch.as_tensor(served(rows, "int4"))
-        assert not torch.equal(rows, rounded)
-        assert torch.equal(learner.tables.lookup.table(name), rounded)
+    trained = {name: value.clone() for name, value in learner.state_dict().items()}
+    (tested,) = run.test(learner, data, verbose=False)
+    same(trained, learner.state_dict())
+    predicted = torch.cat(run.predict(learner, data))
+    same(trained, learner.state_dict())
+    (validated,) = run.validate(learner, data, verbose=False)
+    whole = {split: next(iter(ParquetBatches(toy, split, 1_000))) for split in ("valid", "test")}
+    with torch.no_grad():
+        as_trained = metrics.evaluate(whole["valid"].label.numpy(), learner.eval()(whole["valid"]).numpy())
+        for name in learner.tables.plan.tables:
+            rows = learner.tables.lookup.table(name)
+            rows.copy_(served(rows.clone(), "int4"))
+        logits = learner(whole["test"]).numpy()
+    assert validated["val/logloss"] == pytest.approx(as_trained["logloss"], rel=1e-6)
+    assert tested["test/logloss"] == pytest.approx(metrics.evaluate(whole["test"].label, logits)["logloss"], rel=1e-6)
+    np.testing.assert_allclose(predicted, metrics.sigmoid(logits), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "native", "torch"])
+def test_training_goes_on_after_a_test_as_without_it(toy, tmp_path, backend):
+    def states(between):
+        learner, data = task(toy, precision="int4", backend=backend, init_std=0.3), DataModule(str(toy), BATCH)
+        trainer(tmp_path, max_steps=3).fit(learner, data)
+        between(learner, data)
+        torch.manual_seed(2)  # of dropout
+        trainer(tmp_path, max_steps=3).fit(learner, data)
+        return learner.state_dict()
+
+    class Stops(L.Callback):
+        def on_test_batch_end(self, *_):
+            raise RuntimeError("no space for the log")
+
+    def broken_test(learner, data):
+        with pytest.raises(RuntimeError, match="no space"):
+            trainer(tmp_path, callbacks=[Stops()]).test(learner, data)
+        learner.train()  # Lightning leaves modules in evaluation mode
+
+    expected = states(lambda learner, data: None)
+    same(expected, states(lambda learner, data: trainer(tmp_path).test(learner, data, verbose=False)))
+    same(expected, states(broken_test))
+
+
+def test_rows_of_an_interrupted_validation_are_forgotten(toy, tmp_path):
+    class Stops(L.Callback):
+        def on_validation_batch_end(self, *_):
+            raise RuntimeError("no space for the log")
+
+    learner, data = task(toy), DataModule(str(toy), BATCH)
+    with pytest.raises(RuntimeError, match="no space"):
+        trainer(tmp_path, callbacks=[Stops()]).fit(learner, data)
+    after, again = (trainer(tmp_path).test(learner, data, verbose=False)[0] for _ in range(2))
+    assert after == again
+
+
+def test_one_class_is_said(toy, tmp_path, monkeypatch):
+    keep = RankingTask._keep
+
+    def clicked_never(learner, batch):
+        batch.label.zero_()
+        keep(learner, batch)
+
+    monkeypatch.setattr(RankingTask, "_keep", clicked_never)
+    with pytest.warns(UserWarning, match=r"all 1000 rows of val have the label 0: val/auc and val/ne are not defined"):
+        (found,) = trainer(tmp_path).validate(task(toy), DataModule(str(toy), BATCH), verbose=False)
+    assert np.isnan(found["val/auc"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predictions_are_in_file_order(toy, tmp_path, workers):
+    learner = task(toy)
+    data = DataModule(str(toy), 77, num_workers=workers, predict_split="valid")
+    predicted = torch.cat(trainer(tmp_path).predict(learner, data))
+    with torch.no_grad():
+        expected = torch.sigmoid(learner.eval()(next(iter(ParquetBatches(toy, "valid", 1_000)))))
+    torch.testing.assert_close(predicted, expected)
 
 
 def test_logged_metrics_are_those_of_all_rows(toy, tmp_path):
