@@ -257,7 +257,7 @@ class Collection(nn.Module):
         Raises:
             UserError: when processes would silently train different tables.
         """
-        alone = self.lookup.fused is not None and not self.lookup.spread
+        alone = self.lookup.fused is not None and not self.lookup.spread and not isinstance(self.lookup, Unmade)
         if not alone or self.per_process:
             return
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -8,7 +8,7 @@ with what to write instead.
 from __future__ import annotations
 
 import lightning as L
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -57,7 +57,7 @@ class TableContract(L.Callback):
         Raises:
             UserError: when gradients of fused tables would be accumulated.
         """
-        if any(fused(each) for each in pl_module.modules()):
+        if any(fused(each) for each in pl_module.modules()) and not _only_measures(trainer):
             _check_accumulation(trainer)
 
 
@@ -105,6 +105,12 @@ def _check_strategy(trainer: L.Trainer, name: str, collection: Collection) -> No
                 f"{kind} would let method {encoding.method!r} of {space!r} reorganise its tables by what each of "
                 f'{trainer.world_size} processes sees; use backend="fbgemm" with Trainer(strategy="torchrec")'
             )
+
+
+def _only_measures(trainer: L.Trainer) -> bool:
+    """Whether this is the further epoch of stochastic weight averaging, which has no backward passes."""
+    averages = any(isinstance(each, StochasticWeightAveraging) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    return averages and trainer.accumulate_grad_batches == trainer.fit_loop.max_batches
 
 
 def _check_precision(trainer: L.Trainer) -> None:

@@ -61,12 +61,15 @@ class DataModule(L.LightningDataModule):
         self._resume_from: dict[str, Any] = {}
 
     def train_dataloader(self) -> Epochs:
-        """The training split, shuffled anew each epoch."""
-        self._training = Epochs(self._loader("train", shuffle=True), self._batches_per_epoch)
+        """The training split, shuffled anew each epoch; in file order where the Trainer is to overfit some batches."""
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        self._training = Epochs(self._loader("train", shuffle=not overfits, every_row=False), self._batches_per_epoch)
         if self._resume_from:
             self._training.load_state_dict(self._resume_from)
             self._tell_trainer(self._training, self._resume_from["epoch"])
             self._resume_from = {}
+        elif self.trainer is not None:  # loaders that are made anew in every epoch do not all begin with the first
+            self._training.begin(self.trainer.current_epoch)
         return self._training
 
     def _tell_trainer(self, training: Epochs, epoch: int) -> None:
@@ -103,9 +106,11 @@ class DataModule(L.LightningDataModule):
         """
         return self._loader(self.predict_split, num_workers=0)
 
-    def _loader(self, split: str, shuffle: bool = False, num_workers: int | None = None) -> DataLoader[Batch]:
+    def _loader(
+        self, split: str, shuffle: bool = False, every_row: bool = True, num_workers: int | None = None
+    ) -> DataLoader[Batch]:
         batches = ParquetBatches(
-            self.path, split, self.batch_size, shuffle=shuffle, seed=self.seed, every_row=not shuffle
+            self.path, split, self.batch_size, shuffle=shuffle, seed=self.seed, every_row=every_row
         )
         workers = self.num_workers if num_workers is None else num_workers
         # A generator of its own, so that starting an epoch draws nothing from the global one: a resumed run starts
@@ -148,11 +153,12 @@ class Epochs:
     def __iter__(self) -> Iterator[Batch]:
         """The next epoch, or the rest of the one that `load_state_dict` set."""
         if self.done and not self._resumed:
-            self._begin(self.epoch + 1)
+            self.begin(self.epoch + 1)
         self.batches.load_state_dict(self._position(), self._workers)
         return self._count(self.through(iter(self.loader)))
 
-    def _begin(self, epoch: int) -> None:
+    def begin(self, epoch: int) -> None:
+        """Makes the next iteration this epoch."""
         self.epoch, self.taken, self._before = epoch, 0, 0
         self.batches.set_epoch(epoch)
 
@@ -185,4 +191,4 @@ class Epochs:
         self.epoch, self.taken, self._resumed = state["epoch"], self.batches.state_dict()["batch"], True
         self._before = len(self) - self.batches.batches_left() - self.taken
         if self.done == len(self):  # fewer rows are left than there are processes
-            self._begin(self.epoch + 1)
+            self.begin(self.epoch + 1)

@@ -294,11 +294,16 @@ class FitTask(RankingTask):
         self.about = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, "dense": list(dataset.dense)}
 
 
-def columns(seen: Sequence[Rows]) -> tuple[NDArray, NDArray, NDArray | None, NDArray | None]:
+def columns(seen: Sequence[Rows]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
     """Logits, labels, users and numbers of all rows; None for what is not known of all."""
-    logits, labels, users, rows = ([part[i] for part in seen] for i in range(4))
-    users, rows = (None if any(each is None for each in part) else np.concatenate(part) for part in (users, rows))
-    return np.concatenate(logits), np.concatenate(labels), users, rows
+    users = [each[2] for each in seen if each[2] is not None]
+    rows = [each[3] for each in seen if each[3] is not None]
+    return (
+        np.concatenate([each[0] for each in seen]),
+        np.concatenate([each[1] for each in seen]),
+        np.concatenate(users) if len(users) == len(seen) else None,
+        np.concatenate(rows) if len(rows) == len(seen) else None,
+    )
 
 
 def gathered(rows: list[Any]) -> list[Any]:

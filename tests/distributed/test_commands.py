@@ -86,9 +86,9 @@ def test_fit_spreads_the_tables_by_itself_and_trains_as_one_process(folder, trai
     task, data, trainer = alone(folder, batch_size=100)
     trainer.fit(task, data)
     one, two = task.state_dict(), read_checkpoint(folder / trained)["state_dict"]
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-4)
+    assert one.keys() - {"tables._extra_state"} == two.keys()
+    for name, value in two.items():
+        torch.testing.assert_close(one[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_processes_that_lightning_starts(folder):
