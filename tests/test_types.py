@@ -144,7 +144,7 @@ def test_weights_take_the_type_of_what_they_multiply(method: str, backend: str, 
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", "fbgemm"])
+@every_backend
 def test_the_default_type_changes_nothing(backend: str, default: torch.dtype) -> None:
     plan = et.plan(FEATURES, {"user": "lowrank", "items": "qr", "*": "dense"}, "0.5x", DIM)
     results = []
