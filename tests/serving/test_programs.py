@@ -439,15 +439,17 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     config = tmp_path / "run" / "config.yaml"
     other = {"model": {"model": {"class_path": "embtab.models.autoint.AutoInt", "init_args": {"dnn": [9]}}}}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
-    (tmp_path / "wrong.yaml").write_text("model: {model: {class_path: torch.Size}}")
+    (tmp_path / "wrong.yaml").write_text("model: {model: {class_path: torch.nn.Tanh}}")
+    (tmp_path / "kind.yaml").write_text("model: {model: {class_path: torch.Size}}")
     (tmp_path / "foreign.yaml").write_text("model: {model: {class_path: pathlib.Path}}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("")
     for more, match in (
         (["--config", tmp_path / "none.yaml"], "no such file"),
         (["--config", tmp_path / "other.yaml"], "not of the configured model"),
-        (["--config", tmp_path / "wrong.yaml"], "its model"),
-        (["--config", tmp_path / "foreign.yaml"], "'pathlib', which is none of"),
+        (["--config", tmp_path / "wrong.yaml"], "its model cannot be made"),
+        (["--config", tmp_path / "kind.yaml"], "torch.Size would be imported"),
+        (["--config", tmp_path / "foreign.yaml"], "pathlib.Path would be imported"),
         (["--single", "nobody"], "no feature 'nobody'"),
         (["--single", "user", "--stacked"], "--single has no meaning beside --stacked"),
         (["--onnx"], "are of bundles"),
