@@ -132,7 +132,8 @@ def changed(folder: Path, change: Callable[[Any], None]) -> None:
 
 
 def first(metadata: Any) -> Any:
-    return next(iter(metadata.state_dict_metadata.values()))
+    """A table's entry; what collections say of themselves has one dimension."""
+    return next(entry for entry in metadata.state_dict_metadata.values() if len(entry.size) == 2)
 
 
 def place(metadata: Any) -> Any:
