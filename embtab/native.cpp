@@ -1,11 +1,12 @@
 // Lookups in stacked tables, and the optimizer's step on the rows that were read. Built and called by native.py.
 //
 // Memory is waited for as little as can be: rows are asked for before they are needed, each row that occurs is updated
-// once, vectors are made of their parts on the way and written where they are wanted. No function starts threads; each
-// does a part of the work, so that callers may run several, and every number comes out the same however many do. The
+// once, vectors are made of their parts on the way and written where they are wanted. Threads are started for a call and
+// end with it, each with a part of the bags or of the rows; every number comes out the same however many there are. The
 // compiler must not fuse multiplications and additions (-ffp-contract=off), so that it does on every processor, too.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -13,6 +14,8 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -68,6 +71,8 @@ constexpr int64_t LINE = 64;         // bytes that come together
 constexpr size_t LARGE_PAGE = 1 << 21;
 constexpr int64_t TOGETHER = 1 << 12;  // bags whose rows are looked at before any is read
 constexpr int64_t MANY = 1 << 20;    // bytes of vectors from which on they are not kept in the caches
+constexpr int64_t MOST_KEPT = 1 << 28;  // bytes that updates leave to the next ones, all together
+constexpr int64_t SAMPLES = 1 << 10;    // rows that say how many are read where
 constexpr int64_t MOST_SUMS = 1 << 24;  // numbers of a table each of whose rows may have a sum of its own
 
 // Has memory brought near. (Always inline: a compiler that looks at it alone finds that it does nothing.)
@@ -76,6 +81,21 @@ __attribute__((always_inline)) inline void ask(const float *numbers, int64_t wid
   const char *start = reinterpret_cast<const char *>(numbers);
   const int64_t bytes = width * static_cast<int64_t>(sizeof(float));
   for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(start + at, FOR_WRITING);
+}
+
+// Calls work(part) for each part, all but the first in threads of their own as far as the system has any.
+template <class Work>
+void in_threads(int64_t parts, Work work) {
+  std::vector<std::thread> others;
+  try {
+    others.reserve(static_cast<size_t>(parts));
+    while (static_cast<int64_t>(others.size()) + 1 < parts)
+      others.emplace_back(work, parts - 1 - static_cast<int64_t>(others.size()));
+  } catch (const std::system_error &) {
+  } catch (const std::bad_alloc &) {
+  }
+  for (int64_t part = 0; part < parts - static_cast<int64_t>(others.size()); part++) work(part);
+  for (std::thread &other : others) other.join();
 }
 
 // A number that the compiler knows, which makes loops of known length; W = 0 for one that it does not.
@@ -375,6 +395,7 @@ class Kept {
   }
 
   void clear() { std::memset(static_cast<void *>(memory_), 0, static_cast<size_t>(count_) * sizeof(T)); }
+  int64_t bytes() const { return count_ * static_cast<int64_t>(sizeof(T)); }
   T *at(int64_t place) { return memory_ + place; }
   T &operator[](int64_t place) { return memory_[place]; }
 
@@ -384,8 +405,6 @@ class Kept {
 };
 
 inline uint64_t mixed(int64_t row) { return static_cast<uint64_t>(row) * 0x9E3779B97F4A7C15u; }
-
-constexpr int64_t NOT_MINE = UINT32_MAX;
 
 // Distinct rows, in the order in which they first occur.
 class Distinct {
@@ -402,21 +421,17 @@ class Distinct {
     before_ = 0;
   }
 
-  // Where each row stands among the distinct ones; NOT_MINE for rows that are not.
-  template <class Mine>
-  void find(const int64_t *rows, int64_t count, uint32_t *slots, Mine mine) {
+  // Calls put(i, slot) with where each of the rows row_of(i) stands among the distinct ones.
+  template <class RowOf, class Put>
+  void find(int64_t count, RowOf row_of, Put put) {
     Place *places = places_.at(0);
     uint32_t *distinct = rows_.at(0), found = static_cast<uint32_t>(count_);
     const uint32_t before = before_;
     const uint64_t last = (uint64_t{1} << bits_) - 1;
     const int shift = 64 - bits_;
     for (int64_t i = 0; i < count; i++) {
-      if (i + AHEAD < count) __builtin_prefetch(places + (mixed(rows[i + AHEAD]) >> shift), true);
-      if (!mine(rows[i])) {
-        slots[i] = static_cast<uint32_t>(NOT_MINE);
-        continue;
-      }
-      const uint32_t row = static_cast<uint32_t>(rows[i]);
+      if (i + AHEAD < count) __builtin_prefetch(places + (mixed(row_of(i + AHEAD)) >> shift), true);
+      const uint32_t row = static_cast<uint32_t>(row_of(i));
       uint64_t at = mixed(row) >> shift;
       while (places[at].number > before && places[at].row != row) at = (at + 1) & last;
       // No branch, for nobody can tell whether a row is new.
@@ -425,11 +440,12 @@ class Distinct {
       places[at] = Place{row, number};
       distinct[found] = row;
       found += is_new;
-      slots[i] = number - before - 1;
+      put(i, number - before - 1);
     }
     count_ = found;
   }
 
+  int64_t bytes() const { return places_.bytes() + rows_.bytes(); }
   int64_t count() const { return count_; }
   const uint32_t *rows() { return rows_.at(0); }
 
@@ -531,30 +547,61 @@ void write_vectors(const Batch batch, const float *table, float *vectors, int64_
 #endif
 }
 
-// Sums up the gradients of every row, in the order of the ids, feature after feature, and steps once on each. Every
-// caller has rows of its own.
+// Sums up the gradients of every row, in the order of the ids, feature after feature, and steps once on each.
 //
 // Sums lie one after the other in the order in which rows occur, found by a hash. Where the table has hardly more rows
-// than are read each row has a sum of its own, and nothing is looked for.
+// than are read each row has a sum of its own, and nothing is looked for. With several callers each has a range of the
+// rows, and first notes where these are read.
 class Update {
  public:
   // Reads the batches and, for products, the tables; all callers have to be through before one goes on.
-  void sum_up(const Batch *batches, int64_t count, const Tables &tables, int64_t part, int64_t parts) {
+  void sum_up(const Batch *batches, int64_t count, const Tables &tables, int64_t first, int64_t last) {
     int64_t read = 0;
     for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
     each_has_a_sum_ = tables.count <= 2 * read && tables.count * tables.width <= MOST_SUMS;
-    const auto mine = [=](int64_t row) {
-      return parts == 1 || static_cast<int64_t>(mixed(row) >> 32) % parts == part;
-    };
+    first_ = first, last_ = last;
     if (each_has_a_sum_) {
-      marked_.room(tables.count);
-      rows_.room(tables.count + 1);
-      sums_.room(tables.count * tables.width);
+      marked_.room(last - first);
+      rows_.room(last - first + 1);
+      sums_.room((last - first) * tables.width);
+    }
+    if (first == 0 && last == tables.count)
+      sum_up_all(batches, count, tables, read);
+    else
+      sum_up_range(batches, count, tables);
+  }
+
+  void run(const Tables &tables) {
+    const int64_t count = each_has_a_sum_ ? list_marked() : distinct_.count();
+    const uint32_t *rows = each_has_a_sum_ ? rows_.at(0) : distinct_.rows();
+    with_width(tables.width, [=, sums = sums_.at(0), first = first_, by_row = each_has_a_sum_](auto width) {
+      for (int64_t slot = 0; slot < count; slot++) {
+        if (slot + AHEAD < count) ask_for_step(tables, first + rows[slot + AHEAD], width);
+        const int64_t row = first + rows[slot];
+        float *sum = sums + (by_row ? rows[slot] : slot) * int64_t{width};
+        if (tables.weight_decay != 0) add(sum, tables.rows + row * width, tables.weight_decay, width);
+        step(tables, row, sum, width);
+        std::fill_n(sum, int64_t{width}, 0.0f);  // for the next batch
+      }
+    });
+  }
+
+  int64_t bytes() const {
+    return distinct_.bytes() + rows_.bytes() + marked_.bytes() + places_.bytes() + sums_.bytes();
+  }
+
+ private:
+  // Where a row of the caller's is read; first the row, counted from the caller's first, then the place of its sum.
+  struct Place {
+    uint32_t slot, vector, id, part;
+  };
+
+  void sum_up_all(const Batch *batches, int64_t count, const Tables &tables, int64_t read) {
+    if (each_has_a_sum_) {
       for (int64_t i = 0; i < count; i++)
-        add_up(batches[i], tables, [=, rows = batches[i].rows, marked = marked_.at(0)](int64_t at) {
-          const bool is_mine = mine(rows[at]);
-          if (is_mine) marked[rows[at]] = 1;
-          return is_mine ? rows[at] : NOT_MINE;
+        add_up(batches[i], tables, [rows = batches[i].rows, marked = marked_.at(0)](int64_t at) {
+          marked[rows[at]] = 1;
+          return rows[at];
         });
       return;
     }
@@ -562,45 +609,66 @@ class Update {
     rows_.room(read + 1);
     uint32_t *slots = rows_.at(0);
     for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
-      distinct_.find(batches[i].rows, batches[i].ids * batches[i].parts, slots, mine);
+      distinct_.find(
+          batches[i].ids * batches[i].parts, [rows = batches[i].rows](int64_t at) { return rows[at]; },
+          [slots](int64_t at, uint32_t slot) { slots[at] = slot; });
     sums_.room(distinct_.count() * tables.width + 1);
     slots = rows_.at(0);
     for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
-      add_up(batches[i], tables, [=](int64_t at) { return int64_t{slots[at]}; });
+      add_up(batches[i], tables, [slots](int64_t at) { return int64_t{slots[at]}; });
   }
 
-  void run(const Tables &tables) {
-    const int64_t count = each_has_a_sum_ ? list_marked(tables.count) : distinct_.count();
-    const uint32_t *rows = each_has_a_sum_ ? rows_.at(0) : distinct_.rows();
-    with_width(tables.width, [=, sums = sums_.at(0), by_row = each_has_a_sum_](auto width) {
-      for (int64_t slot = 0; slot < count; slot++) {
-        if (slot + AHEAD < count) ask_for_step(tables, rows[slot + AHEAD], width);
-        float *sum = sums + (by_row ? rows[slot] : slot) * int64_t{width};
-        if (tables.weight_decay != 0) add(sum, tables.rows + rows[slot] * int64_t{width}, tables.weight_decay, width);
-        step(tables, rows[slot], sum, width);
-        std::fill_n(sum, int64_t{width}, 0.0f);  // for the next batch
-      }
+  void sum_up_range(const Batch *batches, int64_t count, const Tables &tables) {
+    const uint64_t first = static_cast<uint64_t>(first_), mine = static_cast<uint64_t>(last_ - first_);
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t at = 0; at < batches[i].ids * batches[i].parts; at++)
+        most += static_cast<uint64_t>(batches[i].rows[at]) - first < mine;
+    places_.room(most + 1);
+    std::vector<Place *> ends = {places_.at(0)};
+    for (int64_t i = 0; i < count; i++) ends.push_back(note(batches[i], ends.back(), first, mine));
+    if (each_has_a_sum_) {
+      for (const Place *place = ends.front(); place < ends.back(); place++) marked_[place->slot] = 1;
+    } else {
+      distinct_.start(std::min(most, last_ - first_));
+      distinct_.find(
+          most, [places = places_.at(0)](int64_t i) { return int64_t{places[i].slot}; },
+          [places = places_.at(0)](int64_t i, uint32_t slot) { places[i].slot = slot; });
+      sums_.room(distinct_.count() * tables.width + 1);
+    }
+    for (int64_t i = 0; i < count; i++) add_places(batches[i], tables, ends[i], ends[i + 1]);
+  }
+
+  // Notes the places of a batch that read some of the rows, in their order; the end of the notes.
+  static Place *note(const Batch batch, Place *next, uint64_t first, uint64_t mine) {
+    with_parts(batch.parts, [&](auto parts) {
+      by_feature(batch, 0, batch.features * batch.bags, [=, &next](int64_t id, int64_t vector) {
+        for (int64_t k = 0; k < parts; k++) {
+          const uint64_t row = static_cast<uint64_t>(batch.rows[k * batch.ids + id]) - first;
+          *next = Place{static_cast<uint32_t>(row), static_cast<uint32_t>(vector), static_cast<uint32_t>(id),
+                        static_cast<uint32_t>(k)};
+          next += row < mine;  // no branch, for nobody can tell whose a hashed row is
+        }
+      });
     });
+    return next;
   }
 
- private:
   // Adds what reaches the rows of a batch to their sums, whose places slot_of says.
   template <class Slot>
   void add_up(const Batch batch, const Tables &tables, Slot slot_of) {
     with_width(tables.width, [&](auto width) {
       with_parts(batch.parts, [&](auto parts) {
         if (batch.saved)
-          add_up<true>(batch, tables, slot_of, parts, width);
+          add_up<true>(batch, tables.rows, slot_of, parts, width);
         else
-          add_up<false>(batch, tables, slot_of, parts, width);
+          add_up<false>(batch, tables.rows, slot_of, parts, width);
       });
     });
   }
 
   template <bool SAVED, class Slot, class Parts, class W>
-  void add_up(const Batch batch, const Tables tables, Slot slot_of, Parts parts, W width) {
-    const float *table = tables.rows;
-    const float most = tables.max_gradient;
+  void add_up(const Batch batch, const float *table, Slot slot_of, Parts parts, W width) {
     const bool multiplied = batch.op == PRODUCT && parts > 1;
     const int64_t beside = rows_beside(batch), next = (batch.offsets ? 1 : AHEAD) * batch.across;
     const float *gradient = batch.gradient + batch.first;
@@ -611,29 +679,61 @@ class Update {
       for (int64_t k = 0; k < parts; k++) {
         const int64_t at = k * batch.ids + id;
         if (id + AHEAD < batch.ids) {
-          const int64_t later = slot_of(at + AHEAD);
-          if (later != NOT_MINE) ask<true>(sums + later * width, width);
+          ask<true>(sums + slot_of(at + AHEAD) * width, width);
           if (multiplied) ask<false>(row_read<SAVED>(batch, table, at + AHEAD, width), width);
         }
-        const int64_t slot = slot_of(at);
-        if (slot == NOT_MINE) continue;
-        float *sum = sums + slot * width;
+        float *sum = sums + slot_of(at) * width;
         if (multiplied)
           multiply<SAVED>(above, weight, batch, table, id, k, parts, width,
-                   [=](int64_t x, auto product) { add_to(sum + x, clamped(product, most)); });
-        else if (most < INFINITY)
-          add_clamped(sum, above + (beside > 1 ? k * width : 0), most, weight, width);
+                          [=](int64_t x, auto product) { add_to(sum + x, product); });
         else
           add(sum, above + (beside > 1 ? k * width : 0), weight, width);
       }
     });
   }
 
+  // The same for the places that were noted.
+  void add_places(const Batch batch, const Tables &tables, const Place *from, const Place *to) {
+    with_width(tables.width, [&](auto width) {
+      if (batch.saved)
+        add_places<true>(batch, tables.rows, from, to, width);
+      else
+        add_places<false>(batch, tables.rows, from, to, width);
+    });
+  }
+
+  template <bool SAVED, class W>
+  void add_places(const Batch batch, const float *table, const Place *from, const Place *to, W width) {
+    const bool multiplied = batch.op == PRODUCT && batch.parts > 1;
+    const int64_t beside = rows_beside(batch);
+    const float *gradient = batch.gradient + batch.first;
+    float *sums = sums_.at(0);
+    const auto above = [=](const Place &place) {
+      return gradient + (int64_t{place.vector} * beside + (beside > 1 ? place.part : 0)) * width;
+    };
+    for (const Place *place = from; place < to; place++) {
+      if (to - place > AHEAD) {
+        const Place &later = place[AHEAD];
+        ask<true>(sums + int64_t{later.slot} * width, width);
+        ask<false>(above(later), width);
+        for (int64_t k = 0; multiplied && k < batch.parts; k++)
+          ask<false>(row_read<SAVED>(batch, table, k * batch.ids + later.id, width), width);
+      }
+      const float weight = batch.weights ? batch.weights[place->id] : 1.0f;
+      float *sum = sums + int64_t{place->slot} * width;
+      if (multiplied)
+        multiply<SAVED>(above(*place), weight, batch, table, place->id, place->part, batch.parts, width,
+                        [=](int64_t x, auto product) { add_to(sum + x, product); });
+      else
+        add(sum, above(*place), weight, width);
+    }
+  }
+
   // The rows that are marked, and no longer are, as the first of rows_.
-  int64_t list_marked(int64_t count) {
+  int64_t list_marked() {
     uint32_t *rows = rows_.at(0), found = 0;
     uint8_t *marked = marked_.at(0);
-    for (int64_t row = 0; row < count; row++) {
+    for (int64_t row = 0; row < last_ - first_; row++) {
       rows[found] = static_cast<uint32_t>(row);
       found += marked[row];
       marked[row] = 0;
@@ -642,9 +742,11 @@ class Update {
   }
 
   bool each_has_a_sum_ = false;
+  int64_t first_ = 0, last_ = 0;  // the caller's rows
   Distinct distinct_;
   Kept<uint32_t> rows_;    // slots [K, N] of the rows of all batches, or the rows that are marked
   Kept<uint8_t> marked_;   // rows that occur; none between updates
+  Kept<Place> places_;
   Kept<float> sums_;       // zeros between updates
 };
 
@@ -660,6 +762,79 @@ std::unique_ptr<Update> taken() {
   return last;
 }
 
+void put_back(std::unique_ptr<Update> update) {
+  try {
+    const std::lock_guard<std::mutex> lock(idle_lock);
+    int64_t bytes = update->bytes();
+    for (const std::unique_ptr<Update> &each : idle) bytes += each->bytes();
+    if (bytes <= MOST_KEPT) idle.push_back(std::move(update));
+  } catch (const std::bad_alloc &) {  // the next one takes memory anew
+  }
+}
+
+// Rows [parts + 1] at which the ranges of as many callers begin, so that each has about as many to read.
+std::vector<int64_t> ranges(const Batch *batches, int64_t count, int64_t rows, int64_t parts) {
+  std::vector<int64_t> samples, starts(static_cast<size_t>(parts + 1), rows);
+  starts[0] = 0;
+  if (parts == 1) return starts;
+  int64_t read = 0;
+  for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
+  const int64_t step = std::max(read / SAMPLES, int64_t{1});
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t at = 0; at < batches[i].ids * batches[i].parts; at += step) samples.push_back(batches[i].rows[at]);
+  std::sort(samples.begin(), samples.end());
+  const int64_t found = static_cast<int64_t>(samples.size());
+  for (int64_t part = 1; part < parts && found; part++)
+    starts[static_cast<size_t>(part)] = samples[static_cast<size_t>(found * part / parts)];
+  return starts;
+}
+
+// The first of the bags that one of several callers has: about as many ids for each.
+int64_t first_bag(const Batch &batch, int64_t part, int64_t parts) {
+  const int64_t bags = batch.features * batch.bags;
+  if (part == 0 || part == parts || !batch.offsets) return bags * part / parts;
+  return std::lower_bound(batch.offsets, batch.offsets + bags, batch.ids * part / parts) - batch.offsets;
+}
+
+// Vectors of the bags from .. to; false where a row is none of the tables'.
+bool sum_bags(const Batch &batch, const Tables &tables, float *vectors, int64_t from, int64_t to) {
+  // Some bags at a time, whose rows stay in the cache from the look at them until they are read.
+  for (int64_t start = from; start < to; start += TOGETHER) {
+    const int64_t stop = std::min(to, start + TOGETHER);
+    if (!all_known(batch, start_of(batch, start), start_of(batch, stop), tables.count)) return false;
+    with_width(tables.width, [=, table = tables.rows](auto width) {
+      if (past_the_caches(batch, vectors, width))
+        write_vectors<true>(batch, table, vectors, start, stop, width);
+      else
+        write_vectors<false>(batch, table, vectors, start, stop, width);
+    });
+  }
+  return true;
+}
+
+// Gradients of the weights of the bags from .. to.
+void weight_gradients(const Batch &batch, const Tables &tables, const float *gradient, float *out, int64_t from,
+                      int64_t to) {
+  const int64_t width = tables.width, beside = rows_beside(batch);
+  by_feature(batch, from, to, [=](int64_t id, int64_t vector) {
+    const float *above = gradient + batch.first + vector * beside * width;
+    float sum = 0;
+    for (int64_t x = 0; x < width; x++) {
+      float product = 1;
+      for (int64_t k = 0; k < batch.parts; k++) {
+        const int64_t at = k * batch.ids + id;
+        const float value = batch.saved ? batch.saved[at * width + x] : tables.rows[batch.rows[at] * width + x];
+        if (batch.op == PRODUCT)
+          product *= value;
+        else
+          sum += value * above[x + (batch.op == CONCAT ? k * width : 0)];
+      }
+      if (batch.op == PRODUCT) sum += product * above[x];
+    }
+    out[id] = sum;
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -667,17 +842,21 @@ extern "C" {
 // rows [K, N] of ids [N], of which features have sizes [F], one feature after the other. constants [F, K, 3]; bases
 // [F, K]: what a table's rows begin with. 1 where ids were to be divided by what is not above zero.
 int32_t embtab_place_rows(int64_t arithmetic, const int64_t *ids, const int64_t *sizes, int64_t features, int64_t parts,
-                          const int64_t *bases, const int64_t *constants, int64_t *rows) {
+                          const int64_t *bases, const int64_t *constants, int64_t *rows, int64_t threads) {
+  int64_t count = 0;
+  for (int64_t f = 0; f < features; f++) count += sizes[f];
   for (int64_t part = 0; part < features * parts; part++)
     if (!divides(arithmetic, constants + 3 * part)) return 1;
-  for (int64_t k = 0; k < parts; k++) {
-    const int64_t *next = ids;
-    for (int64_t f = 0; f < features; f++) {
-      const int64_t part = f * parts + k;
-      rows_of(arithmetic, next, sizes[f], bases[part], constants + 3 * part, rows);
-      next += sizes[f], rows += sizes[f];
+  in_threads(threads, [=](int64_t thread) {
+    const int64_t from = count * thread / threads, to = count * (thread + 1) / threads;
+    for (int64_t f = 0, start = 0; f < features; start += sizes[f], f++) {
+      const int64_t first = std::max(from, start), last = std::min(to, start + sizes[f]);
+      for (int64_t k = 0; k < parts && first < last; k++) {
+        const int64_t part = f * parts + k;
+        rows_of(arithmetic, ids + first, last - first, bases[part], constants + 3 * part, rows + k * count + first);
+      }
     }
-  }
+  });
   return 0;
 }
 
@@ -691,70 +870,47 @@ int32_t embtab_offsets(const int64_t *lengths, int64_t count, int64_t ids, int64
   return offsets[count] != ids;
 }
 
-// Vectors [B, C, V] in out: the sums over the bags from .. to of F * B. 1 where a row is none of the tables'.
-int32_t embtab_sum_bags(const Batch *given, const Tables *tables, float *out, int64_t from, int64_t to) {
-  const Batch batch = *given;
-  float *vectors = out + batch.first;
-  bool known = true;
-  // Some bags at a time, whose rows stay in the cache from the look at them until they are read.
-  for (int64_t start = from; known && start < to; start += TOGETHER) {
-    const int64_t stop = std::min(to, start + TOGETHER);
-    known = all_known(batch, start_of(batch, start), start_of(batch, stop), tables->count);
-    if (known) with_width(tables->width, [=, table = tables->rows](auto width) {
-      if (past_the_caches(batch, vectors, width))
-        write_vectors<true>(batch, table, vectors, start, stop, width);
-      else
-        write_vectors<false>(batch, table, vectors, start, stop, width);
-    });
-  }
+// Vectors [B, C, V] in out: the sums over the bags. 1 where a row is none of the tables'.
+int32_t embtab_sum_bags(const Batch *batch, const Tables *tables, float *out, int64_t threads) {
+  std::atomic<bool> known{true};
+  in_threads(threads, [=, &known](int64_t part) {
+    const int64_t from = first_bag(*batch, part, threads), to = first_bag(*batch, part + 1, threads);
+    if (!sum_bags(*batch, *tables, out + batch->first, from, to)) known = false;
+  });
   return !known;
 }
 
-// out [N]: the gradients of the weights of the bags from .. to; gradient: that of the vectors.
-void embtab_weight_gradients(const Batch *given, const Tables *tables, const float *gradient, float *out, int64_t from,
-                             int64_t to) {
-  const Batch batch = *given;
-  const int64_t width = tables->width, beside = rows_beside(batch);
-  by_feature(batch, from, to, [=](int64_t id, int64_t vector) {
-    const float *above = gradient + batch.first + vector * beside * width;
-    float sum = 0;
-    for (int64_t x = 0; x < width; x++) {
-      float product = 1;
-      for (int64_t k = 0; k < batch.parts; k++) {
-        const int64_t at = k * batch.ids + id;
-        const float value = batch.saved ? batch.saved[at * width + x] : tables->rows[batch.rows[at] * width + x];
-        if (batch.op == PRODUCT)
-          product *= value;
-        else
-          sum += value * above[x + (batch.op == CONCAT ? k * width : 0)];
-      }
-      if (batch.op == PRODUCT) sum += product * above[x];
-    }
-    out[id] = sum;
+// out [N]: the gradients of the weights; gradient: that of the vectors.
+void embtab_weight_gradients(const Batch *batch, const Tables *tables, const float *gradient, float *out,
+                             int64_t threads) {
+  in_threads(threads, [=](int64_t part) {
+    const int64_t from = first_bag(*batch, part, threads), to = first_bag(*batch, part + 1, threads);
+    weight_gradients(*batch, *tables, gradient, out, from, to);
   });
 }
 
-// The optimizer's step begins, for one of `parts` callers: who gets null has no memory left, and changed nothing.
-void *embtab_begin_update(const Batch *batches, int64_t count, const Tables *tables, int64_t part, int64_t parts) {
+// The optimizer's step. 1 where memory does not suffice; then nothing has changed.
+int32_t embtab_update(const Batch *batches, int64_t count, const Tables *tables, int64_t threads) {
   try {
-    std::unique_ptr<Update> update = taken();
-    update->sum_up(batches, count, *tables, part, parts);
-    return update.release();
+    const std::vector<int64_t> starts = ranges(batches, count, tables->count, threads);
+    std::vector<std::unique_ptr<Update>> updates(static_cast<size_t>(threads));
+    std::atomic<bool> failed{false};
+    in_threads(threads, [&](int64_t part) {
+      const size_t at = static_cast<size_t>(part);
+      try {
+        updates[at] = taken();
+        updates[at]->sum_up(batches, count, *tables, starts[at], starts[at + 1]);
+      } catch (const std::bad_alloc &) {
+        failed = true;
+      }
+    });
+    if (failed) return 1;
+    in_threads(threads, [&](int64_t part) { updates[static_cast<size_t>(part)]->run(*tables); });
+    for (std::unique_ptr<Update> &update : updates) put_back(std::move(update));
   } catch (const std::bad_alloc &) {
-    return nullptr;
+    return 1;
   }
-}
-
-// The step itself, once all callers have begun; or, without tables, none.
-void embtab_end_update(void *begun, const Tables *tables) {
-  std::unique_ptr<Update> update(static_cast<Update *>(begun));
-  if (!tables) return;
-  update->run(*tables);
-  try {
-    const std::lock_guard<std::mutex> lock(idle_lock);
-    idle.push_back(std::move(update));
-  } catch (const std::bad_alloc &) {  // the step is done; the next one takes memory anew
-  }
+  return 0;
 }
 
 }  // extern "C"
