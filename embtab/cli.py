@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from embtab import __version__
-from embtab.commands import bench, bundle, compare, data, doctor, plan, search
+from embtab.commands import bench, build, bundle, compare, data, doctor, plan, search
 from embtab.commands.parser import Parser
 from embtab.errors import UserError, of_a_full_disk
 
@@ -81,5 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
     bundle.add_verify(commands.add_parser("verify", help="recompute a bundle's golden vectors"))
     bundle.add_inspect(commands.add_parser("inspect", help="show what is inside a bundle"))
     bench.add_bench(commands.add_parser("bench", help="measure speed against torchrec and this machine's limits"))
+    build.add_build(commands.add_parser("build", help="compile the loops in C++ ahead of their first use"))
     doctor.add_doctor(commands.add_parser("doctor", help="say what is wrong with the installation"))
     return parser

@@ -7,6 +7,7 @@ import hashlib
 import mmap
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from embtab.errors import UserError
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC")
 
 
-def compiler(why: str) -> str:
-    """The command of the C++ compiler: what CXX says, or g++.
+def compiler(why: str) -> list[str]:
+    """The command of the C++ compiler, word by word: what CXX says ("ccache g++" is two words), or g++.
 
     Args:
         why: who asks, for the error.
@@ -33,17 +34,25 @@ def compiler(why: str) -> str:
     Raises:
         UserError: when there is none.
     """
-    command = os.environ.get("CXX", "g++")
-    if shutil.which(command) is None:
-        raise UserError(f"{why}: there is no C++ compiler {command!r}; install it, or set CXX to another")
+    asked = _asked_compiler()
+    try:
+        command = shlex.split(asked)
+    except ValueError as error:
+        raise UserError(f"{why}: CXX={asked!r} is no command: {error}") from None
+    if not command or shutil.which(command[0]) is None:
+        raise UserError(f"{why}: there is no C++ compiler {asked!r}; install it, or set CXX to another")
     return command
 
 
 def build(source: Path, why: str, *flags: str) -> ctypes.CDLL:
     """The library made of a file, from `$XDG_CACHE_HOME/embtab` (`~/.cache/embtab`) where it was made before.
 
-    A library there has the name of all that it depends on (source, flags, compiler and processor), and appears at once
-    and whole, so that processes may build at the same time and be killed at any.
+    A library there has the name of all that it depends on (source, flags, CXX and processor) and of its own content,
+    so that a damaged one is told. It appears at once and whole: processes may build at the same time and be killed
+    at any. No compiler is needed where it is there already. Where it cannot be kept, it is made for this process
+    alone, and a warning says so.
+
+    `EMBTAB_MARCH` (x86-64-v3, say) names the processors that it is made for, instead of the one that it is made on.
 
     Args:
         source: a C++ file that includes what compilers come with, and headers beside it.
@@ -51,22 +60,80 @@ def build(source: Path, why: str, *flags: str) -> ctypes.CDLL:
         flags: of the compiler, beside FLAGS.
 
     Raises:
-        UserError: where there is no compiler, or it fails.
+        UserError: where it is not there, and there is no compiler, or it fails, or nothing can be written anywhere.
     """
+    march = os.environ.get("EMBTAB_MARCH") or "native"
+    flags = (*FLAGS, f"-march={march}", *flags)
+    name = f"{source.stem}-{_key(source, flags, march)}"
+    try:
+        folder = cache_folder()
+        return _kept(folder, name) or _made(source, why, flags, folder, name)
+    except OSError as error:
+        compiler(why)  # where there is none, that is what is wrong
+        warnings.warn(
+            f"{why} is compiled for this process alone, as it cannot be kept: {error}; "
+            "set XDG_CACHE_HOME to a folder that can be written to",
+            stacklevel=3,
+        )
+    try:
+        with tempfile.TemporaryDirectory(prefix="embtab-") as alone:
+            return _made(source, why, flags, Path(alone), name)
+    except OSError as error:
+        raise UserError(f"{why} could not be built: {error}") from None
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept.
+
+    Raises:
+        OSError: where the user has no home folder, and XDG_CACHE_HOME is not set.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return Path(cache) / "embtab"
+    try:
+        return Path.home() / ".cache" / "embtab"
+    except RuntimeError as error:  # neither HOME nor an entry of the user's
+        raise OSError(str(error).rstrip(".")) from None
+
+
+def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
+    """The library that was made before, if it is whole; a damaged one is removed."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        try:
+            whole = path.name == f"{name}-{_digest(path.read_bytes())}.so"
+        except FileNotFoundError:  # another process has removed it just now
+            continue
+        if whole:
+            return ctypes.CDLL(str(path))
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _made(source: Path, why: str, flags: Sequence[str], folder: Path, name: str) -> ctypes.CDLL:
+    """The library, compiled and then put into a folder."""
     command = compiler(why)
-    version = _run(why, [command, "--version"])
-    read = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.hpp")))]
-    depends = read, FLAGS, flags, command, version, _processor()
-    key = hashlib.sha256(repr(depends).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embtab"
-    library = folder / f"{source.stem}-{key}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as building:
-            made = Path(building) / library.name
-            _run(why, [command, *FLAGS, *flags, str(source), "-o", str(made)])
-            made.replace(library)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as building:
+        made = Path(building) / "made.so"
+        _run(why, [*command, *flags, str(source), "-o", str(made)])
+        library = folder / f"{name}-{_digest(made.read_bytes())}.so"
+        made.replace(library)
     return ctypes.CDLL(str(library))
+
+
+def _key(source: Path, flags: Sequence[str], march: str) -> str:
+    read = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.hpp")))]
+    depends = read, flags, _asked_compiler(), _processor() if march == "native" else march
+    return _digest(repr(depends).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _asked_compiler() -> str:
+    return os.environ.get("CXX") or "g++"
 
 
 def build_or_warn(source: Path, what: str, *flags: str) -> ctypes.CDLL | None:
@@ -103,12 +170,11 @@ def _advise() -> Any:
     return advise
 
 
-def _run(why: str, command: list[str]) -> str:
+def _run(why: str, command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip() or f"exit status {done.returncode}"
         raise UserError(f"{why} could not be built by {' '.join(command)}: {said}")
-    return done.stdout
 
 
 def _processor() -> str:

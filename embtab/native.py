@@ -61,7 +61,7 @@ class NativeLookup(StackedLookup):
 
     def __init__(self, tables: Sequence[Table], fused: FusedOptimizer) -> None:
         super().__init__(tables, fused)
-        _library()
+        compiled_loop()
         for width, rows in self.stacked_rows.items():
             if rows >= MAX_ROWS:
                 raise UserError(
@@ -80,7 +80,7 @@ class NativeLookup(StackedLookup):
         counts = (ctypes.c_int64 * len(sizes))(*sizes)
         pointers = bases.data_ptr(), constants.data_ptr(), rows.data_ptr()
         kind = ARITHMETICS.index(arithmetic)
-        _library().embtab_place_rows(kind, ids.data_ptr(), counts, *bases.shape, *pointers)
+        compiled_loop().embtab_place_rows(kind, ids.data_ptr(), counts, *bases.shape, *pointers)
         return rows
 
     def stack(self, width: int) -> Tensor:
@@ -278,7 +278,7 @@ class _Read:
 
     def run(self, i: int, name: str, tables: _CTables, *tensors: Tensor) -> None:
         """Calls a function for all bags of a request, in as many threads as are worth it."""
-        function, batch = getattr(_library(), name), ctypes.byref(self._batches[i])
+        function, batch = getattr(compiled_loop(), name), ctypes.byref(self._batches[i])
         pointers = [tensor.data_ptr() for tensor in tensors]
         threads, bags = self._threads(tables), self._batches[i].features * self._batches[i].bags
         ends = [bags * part // threads for part in range(threads + 1)]
@@ -286,7 +286,7 @@ class _Read:
 
     def update(self, tables: _CTables, gradient: Tensor) -> None:
         """The optimizer's step on the rows that were read, by the gradients of the vectors."""
-        library, threads = _library(), self._threads(tables)
+        library, threads = compiled_loop(), self._threads(tables)
         given = ctypes.byref(tables), gradient.data_ptr()
         begin = partial(library.embtab_begin_update, self._batches, len(self._batches), *given)
         begun = together([partial(begin, part, threads) for part in range(threads)])
@@ -330,7 +330,12 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def compiled_loop() -> ctypes.CDLL:
+    """`native.cpp` as a library.
+
+    Raises:
+        UserError: where it cannot be built.
+    """
     library = build(Path(__file__).with_suffix(".cpp"), "the native backend", "-ffp-contract=off")
     pointer, integer, nothing = ctypes.c_void_p, ctypes.c_int64, None
     signatures: dict[str, tuple[Any, list[Any]]] = {

@@ -27,7 +27,7 @@ from embtab.errors import UserError
 def compiled(*tensors: Tensor) -> bool:
     """Whether `attend` takes tensors: all float32 on a CPU, where there is a C++ compiler; else a warning, once."""
     simple = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
-    return simple and not torch.compiler.is_compiling() and _library() is not None
+    return simple and not torch.compiler.is_compiling() and compiled_loop() is not None
 
 
 def attend(x_bfd: Tensor, matrices: Sequence[Tensor], heads: Sequence[int]) -> Tensor:
@@ -95,7 +95,7 @@ def _run(
 ) -> None:
     """Calls a function for all groups of rows, in as many threads as torch has; sums: [threads, ...] for gradients."""
     rows, fields, _ = shape
-    library, groups, parts = _library(), -(-rows // _lanes()), _parts(rows)
+    library, groups, parts = compiled_loop(), -(-rows // _lanes()), _parts(rows)
     calls = []
     for part, (start, stop) in enumerate(pairwise(groups * i // parts for i in range(parts + 1))):
         layers = (_CLayer * len(matrices))(
@@ -128,14 +128,15 @@ class _CLayer(ctypes.Structure):
 @cache
 def _lanes() -> int:
     """Rows that are computed side by side."""
-    library = _library()
+    library = compiled_loop()
     assert library is not None
     count: int = library.embtab_lanes()
     return count
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def compiled_loop() -> ctypes.CDLL | None:
+    """`attention.cpp` as a library; None, after a warning, where it cannot be built."""
     library = build_or_warn(Path(__file__).with_suffix(".cpp"), "attention", "-ffp-contract=fast")
     if library is None:
         return None

@@ -21,7 +21,7 @@ WORTH_A_THREAD = 1 << 16
 def compiled(s: Tensor, alpha: Tensor) -> bool:
     """Whether `dice` takes them: float32 on a CPU, s a matrix, where there is a C++ compiler; else a warning, once."""
     simple = s.device.type == "cpu" and s.dtype == alpha.dtype == torch.float32 and s.dim() == 2
-    return simple and not torch.compiler.is_compiling() and _library() is not None
+    return simple and not torch.compiler.is_compiling() and compiled_loop() is not None
 
 
 def dice(s: Tensor, alpha: Tensor, mean: Tensor, scale: Tensor, of_batch: bool) -> Tensor:
@@ -67,7 +67,7 @@ class _Dice(torch.autograd.Function):
 
 def _run(name: str, columns: Sequence[Tensor], s: Tensor, *tensors: Tensor, sums: Tensor | None = None) -> None:
     """Calls a function for all rows, in as many threads as are worth it; each has a part of the sums."""
-    library, parts = _library(), _parts(s)
+    library, parts = compiled_loop(), _parts(s)
     given = _CColumns(*(column.data_ptr() for column in columns), s.shape[1])
     pointers = [tensor.data_ptr() for tensor in (s, *tensors)]
     calls = []
@@ -91,7 +91,8 @@ class _CColumns(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def compiled_loop() -> ctypes.CDLL | None:
+    """`dice.cpp` as a library; None, after a warning, where it cannot be built."""
     library = build_or_warn(Path(__file__).with_suffix(".cpp"), "Dice", "-ffp-contract=fast")
     if library is not None:
         pointer, integer, result = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

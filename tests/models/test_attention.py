@@ -142,12 +142,12 @@ def test_a_ranker_is_the_same_by_torch_and_says_so_where_there_is_no_compiler(mo
         warnings.simplefilter("error")
         logits, gradients = ranked(model, dense, embeddings)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    attention._library.cache_clear()
+    attention.compiled_loop.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"computed by torch.*attention: there is no C\+\+ compiler 'no-such-comp"):
             others, of_others = ranked(model, dense, embeddings)
     finally:
-        attention._library.cache_clear()
+        attention.compiled_loop.cache_clear()
     torch.testing.assert_close(logits, others)
     for one, other in zip(gradients, of_others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -203,7 +203,7 @@ def test_dice_is_the_same(monkeypatch: pytest.MonkeyPatch, without: str):
     s, gradient, found = torch.randn(70_000, 5), torch.randn(70_000, 5), []
     for last in (False, True):
         if last and without == "a compiler":
-            monkeypatch.setattr("embtab.models.dice._library", lambda: None)
+            monkeypatch.setattr("embtab.models.dice.compiled_loop", lambda: None)
         monkeypatch.setattr(torch, "get_num_threads", lambda last=last: 1 if last else 3)
         dice, given = Dice(5), s.clone().requires_grad_()
         out = dice(given)
