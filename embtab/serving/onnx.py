@@ -19,6 +19,7 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.serving.capture import captured
+from embtab.serving.tidy import tidy
 from embtab.serving.unsigned import widen
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
             raise UserError(f"the model cannot be exported to ONNX: {_reason(error)}") from None
         assert made is not None
         widen(made.model.graph)
+        tidy(made.model)
         made.save(path, external_data=size > MAX_INSIDE)
 
 

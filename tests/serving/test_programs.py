@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from laws import CASES, Case
+from serving.clean import assert_clean
 from serving.test_tables import bundle, largest
 from test_reader import mutated, put, sign, walk, write_signed
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -50,6 +51,7 @@ def agrees(case: Case, path: Path, precision: str, rows: int) -> None:
     given = exported.made_inputs(module, rows, np.random.default_rng(1))
     assert largest(program.run(given), exported.outputs_of(module, opened, given)) < 1e-6
     assert program.difference()[1]
+    assert_clean(path / "program" / "model.onnx")
 
 
 def test_onnx_gives_the_readers_vectors(tmp_path: Path) -> None:
@@ -87,6 +89,7 @@ def test_stacked_ids_take_one_cast_there_and_one_back(method: str, tmp_path: Pat
     exported.export(module, opened, tmp_path / "p", "onnx")
     program = Program(tmp_path / "p")
     assert program.config["inputs"]["ids"]["features"] == list(opened.features)
+    assert_clean(tmp_path / "p" / "model.onnx")
     given = exported.made_inputs(module, 3000, np.random.default_rng(1))
     for rows in (3000, 1):
         some = {"ids": given["ids"][:rows]}
@@ -188,6 +191,7 @@ def test_a_model_with_attention_tables_of_its_own_becomes_onnx(tmp_path: Path, c
     source, tables, attention, model = checkpoint_of_dare(tmp_path)
     _, error, code = answered(capsys, "export", source, tmp_path / "out", "--format", "onnx")
     assert code == 0, error
+    assert_clean(tmp_path / "out" / "model.onnx")
     program, task = Program(tmp_path / "out"), SequenceTask(tables, model, attention=attention).eval()
     random = np.random.default_rng(0)
     for rows in (2, 300):
@@ -262,6 +266,7 @@ def test_a_whole_ranker_becomes_onnx(sequences: bool, tmp_path: Path, capsys: py
     assert described["dense"] == {"dtype": "float32", "shape": ["batch", 2]}
     assert described["ids.item"]["shape"] == (["batch"] if sequences else ["ids of item"])
     assert (described["ids.item"]["below"], described["ids.user"]["below"]) == (90, None)
+    assert_clean(out / "model.onnx")
     (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes() + b" ")
     _, error, code = answered(capsys, "verify", out)
     assert (code, error.count("\n")) == (2, 1)
@@ -305,6 +310,7 @@ def test_a_whole_ranker_takes_stacked_ids(precision: str, tmp_path: Path, capsys
     opened, program = Bundle(tmp_path / "b"), Program(out)
     module = Ranker(opened, exported_model(source), 2, stacked=True)
     assert module.inputs() == list(program.config["inputs"]) == ["dense", "ids"]
+    assert_clean(out / "model.onnx")
     for rows in (1, 2, 700):
         inputs = exported.made_inputs(module, 700, np.random.default_rng(rows))
         inputs = {name: array[:rows] for name, array in inputs.items()}
@@ -415,6 +421,7 @@ def test_a_bundle_may_hold_its_tables_as_onnx(tmp_path: Path, capsys: pytest.Cap
     text, error, code = answered(capsys, "verify", out)
     assert code == 0, error
     assert text.split()[:6] == ["feature", "reader", "torch", "fbgemm", "quantised", "onnx"]
+    assert_clean(out / Bundle(out).config["programs"]["onnx"])
     sign(out, put("gone.onnx", "programs", "onnx"))
     _, error, code = answered(capsys, "verify", out)
     assert (code, "'gone.onnx' is not listed" in error) == (2, True)
