@@ -165,3 +165,18 @@ def test_a_schedule_that_ends_needs_an_end(toy, tmp_path) -> None:
 def test_mistakes_are_named(options, message) -> None:
     with pytest.raises(UserError, match=message):
         Schedule(**options)
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "native"])
+def test_the_ranker_alone_is_clipped_where_tables_have_no_largest_gradient(toy, tmp_path, backend) -> None:
+    """As `max_gradient: .inf` says: tables step as without clipping, while the ranker hardly moves."""
+    found = {}
+    for clip in (None, 1e-9):
+        learner = task(toy, backend=backend, table_optimizer="sgd", table_max_gradient=float("inf"))
+        start = {name: value.clone() for name, value in learner.model.state_dict().items()}
+        options = {"max_steps": 1, "max_epochs": -1, "gradient_clip_val": clip}
+        trainer(tmp_path, **options).fit(learner, DataModule(str(toy), BATCH))
+        moved = max(float((learner.model.state_dict()[name] - value).abs().max()) for name, value in start.items())
+        found[clip] = learner.tables.lookup.table("item").clone(), moved
+    torch.testing.assert_close(found[None][0], found[1e-9][0])
+    assert found[1e-9][1] < found[None][1]
