@@ -50,6 +50,10 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         help="of a sequence model whose attention has tables of its own: which to take (default: representation)",
     )  # fmt: skip
     parser.add_argument("--vocab", type=Path, metavar="DIR", help="take the vocabularies of this dataset folder along")
+    parser.add_argument(
+        "--other-data", action="store_true",
+        help="--vocab names a folder that the checkpoint was not trained on, whose ids mean the same values",
+    )  # fmt: skip
     _add_written(parser)
     parser.set_defaults(run=_export)
 
@@ -175,11 +179,14 @@ def _export_vectors(arguments: argparse.Namespace, is_bundle: bool) -> None:
 
 def _export_bundle(arguments: argparse.Namespace) -> None:
     from embtab.bundle import refuse_existing, save
-    from embtab.training.checkpoint import described, load_tables, read_checkpoint
+    from embtab.datasets.schema import Dataset
+    from embtab.training.checkpoint import check_data, described, load_tables, read_checkpoint
 
     refuse_existing(arguments.out, arguments.overwrite)
     checkpoint = read_checkpoint(arguments.source)
     entry = described(checkpoint, arguments.source)
+    if arguments.vocab and not arguments.other_data:
+        check_data(entry["about"], Dataset.load(arguments.vocab).fingerprint, "add --other-data")
     trained: dict[str, Any] = {key: checkpoint[key] for key in ("epoch", "global_step") if key in checkpoint}
     save(
         load_tables(arguments.source, part=_part(arguments)),

@@ -78,6 +78,12 @@ class Point:
         values = list(self.by_seed(column).values())
         return statistics.fmean(values) if values else None
 
+    @property
+    def validated(self) -> float:
+        """Mean AUC on the validation split, by which tables are chosen; -inf where it is not known or not defined."""
+        mean = self.mean("val_auc")
+        return -math.inf if mean is None or math.isnan(mean) else mean
+
     @cached_property
     def auc(self) -> Interval:
         """Over seeds; of a single run the bootstrap's interval."""
@@ -136,7 +142,7 @@ class Summary:
         if not point.free:
             return self._find("hash", point.precision, point.budget)
         hashed = [other for other in self.points if (other.method, other.budget) == ("hash", point.budget)]
-        return max(hashed, key=lambda other: other.mean("val_auc") or 0.0, default=None)
+        return max(hashed, key=lambda other: other.validated, default=None)
 
     def pareto(self) -> list[Point]:
         """The points that no smaller or equally large one surpasses in mean AUC, by bytes."""
@@ -149,10 +155,11 @@ class Summary:
     def best(self, nbytes: int) -> list[Point]:
         """The points that fit into a budget, best first by mean AUC on the *validation* split.
 
-        A choice by test AUC would report the luckiest of many; this way the test split stays unseen.
+        A choice by test AUC would report the luckiest of many; this way the test split stays unseen. Those whose AUC is
+        not defined there come last.
         """
         fitting = [point for point in self.points if point.nbytes <= nbytes]
-        return sorted(fitting, key=lambda point: point.mean("val_auc") or 0.0, reverse=True)
+        return sorted(fitting, key=lambda point: point.validated, reverse=True)
 
     def _find(self, method: str, precision: str, budget: str) -> Point | None:
         wanted = (method, precision, budget)

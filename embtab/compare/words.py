@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from embtab.compare.statistics import Difference, Interval
@@ -30,6 +31,9 @@ def _advice(summary: Summary, budget: str, nbytes: int) -> Advice:
     if not ranked:
         return Advice(asked, "nothing fits", "every method that was tried needs more; the table of refusals says what.")
     best = ranked[0]
+    if best.validated == -math.inf:
+        why = "AUC is not defined on the validation split, which chooses: its rows have one label; split the data anew."
+        return Advice(asked, "undecided", why)
     parts = [f"AUC {best.auc.mean:.4f}"]
     dense = summary.dense()
     if dense is not None and best.keys != dense.keys:

@@ -1,4 +1,4 @@
-"""The checkpoint of the best epoch, of a run and of those that it goes on from."""
+"""The checkpoints that `embtab fit` keeps: of the best epoch, also of runs that it goes on from, and the last one."""
 
 from __future__ import annotations
 
@@ -31,3 +31,10 @@ class Best(ModelCheckpoint):
             paths = {"best_model_path": mine, "kth_best_model_path": mine, "last_model_path": ""}
             state_dict = state_dict | paths | {"dirpath": folder, "kth_value": score, "best_k_models": {mine: score}}
         super().load_state_dict(state_dict)
+
+
+class Last(ModelCheckpoint):
+    """Keeps where training stands as last.ckpt: a class of its own, beside checkpoints that the user asks for."""
+
+    def __init__(self, **when: Any) -> None:
+        super().__init__(filename="last", enable_version_counter=False, **when)

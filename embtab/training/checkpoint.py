@@ -66,6 +66,25 @@ def described(checkpoint: Mapping[str, Any], path: str | Path = "checkpoint") ->
     return entry
 
 
+def check_data(about: Mapping[str, Any], fingerprint: str | None, remedy: str) -> None:
+    """Makes sure that ids mean the values that tables were trained on.
+
+    Args:
+        about: of the checkpoint.
+        fingerprint: of the data at hand; None where it is not known.
+        remedy: the option by which a user who knows that ids mean the same takes it all the same.
+
+    Raises:
+        UserError: when it is other data.
+    """
+    trained = about.get("fingerprint")
+    if trained is not None and fingerprint is not None and trained != fingerprint:
+        raise UserError(
+            f"the checkpoint was trained on other data ({about.get('dataset')}, fingerprint {trained}; here it is "
+            f"{fingerprint}), where ids may mean other values; give that folder, or {remedy} where they mean the same"
+        )
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, tensors left on disk until they are used; the folder of a sharded run is read in full.
 

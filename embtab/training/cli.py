@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import warnings
-from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +14,17 @@ import lightning as L
 import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from embtab.datasets.drift import drift_line
 from embtab.errors import UserError
 from embtab.files import clear, held
-from embtab.training.best import Best
+from embtab.training.best import Best, Last
 from embtab.training.checkpoint import WholeFiles, read_checkpoint
 from embtab.training.data import DataModule
 from embtab.training.devices import placed
+from embtab.training.mistakes import one_line, said_of_settings
 from embtab.training.predictions import Predictions
 from embtab.training.progress import Progress
 from embtab.training.sequence_task import FitSequenceTask
@@ -59,8 +57,11 @@ def main(argv: Sequence[str]) -> None:
             FitCLI(list(argv), trusted)
     except UserError:
         raise
-    except (ArgumentError, MisconfigurationException) as error:
-        raise UserError(_one_line(error)) from error
+    except Exception as error:
+        said = said_of_settings(error)
+        if said is None:
+            raise
+        raise UserError(said) from error
 
 
 class FitCLI(LightningCLI):
@@ -109,6 +110,12 @@ class FitCLI(LightningCLI):
         )
         parser.link_arguments("split", "data.predict_split")
         parser.add_argument(
+            "--other_data",
+            type=bool,
+            default=False,
+            help="Take a checkpoint that was trained on other data, whose ids mean the same values.",
+        )
+        parser.add_argument(
             "--save_every",
             type=PositiveInt | None,
             default=None,
@@ -136,10 +143,11 @@ class FitCLI(LightningCLI):
         """The configured Trainer with our progress and checkpoints added to its callbacks."""
         self.trainer_defaults = {**_DEFAULTS, "callbacks": self._callbacks()}
         try:
-            kwargs = placed(self._get(self.config_init, "trainer"), self.model) | kwargs
-            trainer = super().instantiate_trainer(**kwargs)
+            settings = self._get(self.config_init, "trainer")
+            trainer = super().instantiate_trainer(**{**placed(settings, self.model), **kwargs})
         except (ValueError, TypeError, RuntimeError) as error:  # the last for callbacks that share a key
-            raise UserError(f"trainer: {_one_line(error)}") from error
+            raise UserError(f"trainer: {one_line(error)}") from error
+        self.model.other_data = self._get(self.config_init, "other_data")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFiles()
         return trainer
@@ -151,11 +159,10 @@ class FitCLI(LightningCLI):
             return added
         if trainer["limit_val_batches"] != 0:
             added.append(Best())
-        last: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
-        added.append(ModelCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True, **last))
+        added.append(Last(every_n_epochs=1, save_on_train_epoch_end=True))
         steps = self._get(self.config_init, "save_every")
         if steps is not None:
-            added.append(ModelCheckpoint(every_n_train_steps=steps, **last))
+            added.append(Last(every_n_train_steps=steps))
         return added
 
     def fit(self, **kwargs: Any) -> None:
@@ -206,11 +213,14 @@ class FitCLI(LightningCLI):
         """The Trainer would end at once without a word; it counts an epoch that max_steps cut short as done.
 
         Raises:
-            UserError: when the checkpoint has as many epochs or steps behind it as the run may take.
+            UserError: when the checkpoint holds weights alone, or has as many epochs or steps behind it as the run may
+                take.
         """
         if path is None:
             return
         checkpoint = read_checkpoint(path)
+        if "optimizer_states" not in checkpoint:
+            raise UserError(f"{path}: holds weights alone (save_weights_only), from which no run can go on")
         clear(Path(path).parent)
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         for name, done, most in (
@@ -281,13 +291,6 @@ def _named_task(path: Path) -> str | None:
         return None
     task = described.get("task") if isinstance(described, dict) else None
     return task if isinstance(task, str) else None
-
-
-def _one_line(error: Exception) -> str:
-    """The message without what it says about Python types and whole settings that hold the wrong one."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"Type \S*Callable\[.*\] expects a function or a callable class: ", "", text)
-    return re.sub(r"\.? Got value: Namespace\(.*", "", text)
 
 
 def _quieten() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -79,7 +80,8 @@ def check(trainer: L.Trainer, module: L.LightningModule) -> None:
     collections = {name: each for name, each in module.named_modules() if isinstance(each, Collection)}
     themselves = {name: each for name, each in collections.items() if fused(each)}
     fitting = trainer.state.fn == TrainerFn.FITTING
-    if fitting and trainer.world_size > 1 and getattr(trainer.strategy, "strategy_name", None) not in NAMES:
+    parallel = isinstance(trainer.strategy, ParallelStrategy) or trainer.world_size > 1
+    if fitting and parallel and getattr(trainer.strategy, "strategy_name", None) not in NAMES:
         for name, each in collections.items():
             _check_strategy(trainer, name, each)
     if not themselves:
@@ -96,14 +98,14 @@ def _check_strategy(trainer: L.Trainer, name: str, collection: Collection) -> No
     kind = type(trainer.strategy).__name__
     if fused(collection):
         raise UserError(
-            f"{kind} would train other tables ({name}) on each of {trainer.world_size} processes; spread them by "
-            f'Trainer(strategy="torchrec"), {_OUTSIDE}'
+            f'{kind} would train other tables ({name}) on each process; spread them by Trainer(strategy="torchrec"), '
+            f"{_OUTSIDE}"
         )
     for space, encoding in collection.plan.encodings.items():
         if encoding.adaptive:
             raise UserError(
-                f"{kind} would let method {encoding.method!r} of {space!r} reorganise its tables by what each of "
-                f'{trainer.world_size} processes sees; use backend="fbgemm" with Trainer(strategy="torchrec")'
+                f"{kind} would let method {encoding.method!r} of {space!r} reorganise its tables by what each process "
+                'sees; use backend="fbgemm" with Trainer(strategy="torchrec")'
             )
 
 

@@ -31,6 +31,7 @@ class Progress(ProgressBar):
         self._bar: tqdm | None = None
         self._pace = Pace()
         self._epoch_pace = Pace()
+        self._told = 0
 
     def disable(self) -> None:
         """Stays silent (on all ranks but the first)."""
@@ -54,12 +55,15 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Moves the bar, or writes a line."""
+        """Moves the bar, or writes a line after a step of the optimizer."""
         self._pace.add(len(batch))
         self._epoch_pace.add(len(batch))
-        loss = _number(outputs["loss"] if isinstance(outputs, dict) else outputs)
+        # Lightning has divided it where gradients are accumulated.
+        loss = _number(outputs["loss"] if isinstance(outputs, dict) else outputs) * trainer.accumulate_grad_batches
         self._move(loss=f"{loss:.4f}", speed=f"{self._epoch_pace.per_second:,.0f} samples/s")
-        if not self.terminal and trainer.global_step % trainer.log_every_n_steps == 0:
+        step = trainer.global_step
+        if not self.terminal and step != self._told and step % trainer.log_every_n_steps == 0:
+            self._told = step
             self._line(
                 f"epoch {trainer.current_epoch}  batch {batch_idx + 1}/{trainer.num_training_batches}  "
                 f"loss {loss:.4f}  {self._pace.per_second:,.0f} samples/s"

@@ -25,9 +25,10 @@ from embtab.fused import Optimizer, outer_parameters, with_tables
 from embtab.models.autoint import AutoInt
 from embtab.planning import Plan, plan
 from embtab.training import metrics
-from embtab.training.checkpoint import described, description
+from embtab.training.checkpoint import check_data, described, description
 from embtab.training.contract import TableContract
 from embtab.training.culprit import REMEDY, culprit, not_finite
+from embtab.training.data import DataModule
 from embtab.training.schedule import Schedule
 from embtab.training.served import ServedRows
 
@@ -72,6 +73,8 @@ class RankingTask(L.LightningModule):
         self.schedule = schedule or Schedule()
         self.about: dict[str, Any] = {}
         """More about this run for the checkpoint; plain JSON types only."""
+        self.other_data = False
+        """Whether checkpoints of other data are taken: those whose ids mean the same values."""
         self._seen: list[Rows] = []
         self._random_state: Tensor | None = None
 
@@ -177,10 +180,10 @@ class RankingTask(L.LightningModule):
                 f"{wrong} is not finite after step {self.global_step - 1} (epoch {self.current_epoch}), so the last "
                 f"checkpoint stays and no other is made; {REMEDY}"
             )
-        checkpoint["embtab"] = description(self._plan(), self.about)
+        checkpoint["embtab"] = description(self._plan(), {**self._data(), **self.about})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint was made with the same plan.
+        """Checks that the checkpoint was made with the same plan, of the same data.
 
         Raises:
             UserError: when it was not, or is not a checkpoint of this task.
@@ -192,6 +195,9 @@ class RankingTask(L.LightningModule):
                 "the checkpoint was made with another plan than this configuration gives (features, method, budget, "
                 "dim or seed differ); use the configuration it was made with"
             )
+        if not self.other_data:
+            fingerprint = {**self._data(), **self.about}.get("fingerprint")
+            check_data(entry["about"], fingerprint, "set other_data (--other_data true)")
         self._random_state = entry["random_state"]
 
     def on_train_start(self) -> None:
@@ -208,6 +214,15 @@ class RankingTask(L.LightningModule):
             given = self.tables.eval()(batch.sparse)  # adaptive tables do not count it
             vectors = given.to_dict() if isinstance(given, KeyedTensor) else {k: v.values() for k, v in given.items()}
         return culprit(batch, self.about.get("dense", ()), vectors, self.model.state_dict())
+
+    def _data(self) -> dict[str, str]:
+        """What data the Trainer reads, where it is a `DataModule` of embtab's."""
+        data = getattr(self._trainer, "datamodule", None)
+        return (
+            {"dataset": data.dataset.name, "fingerprint": data.dataset.fingerprint}
+            if isinstance(data, DataModule)
+            else {}
+        )
 
     def _plan(self) -> Plan | None:
         found = getattr(self.tables, "plan", None)

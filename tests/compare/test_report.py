@@ -3,6 +3,7 @@
 import csv
 import html as entities
 import json
+import math
 import re
 import shutil
 import statistics
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare.results_made_up import BUDGETS, DATASET, SWEEP, made_up_rows
+from compare.results_made_up import BUDGETS, DATASET, DENSE_BYTES, SWEEP, made_up_rows
 
 from embtab.compare.charts import ticks
 from embtab.compare.figures import kind_of
@@ -280,3 +281,14 @@ def test_chromium_draws_the_page(page: str, tmp_path: Path, width: int) -> None:
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert 'data-spill="0"' in done.stdout  # nothing stands out to the side
     assert 'data-clipped=""' in done.stdout
+
+
+def test_an_auc_that_is_not_defined_chooses_nothing():
+    rows = made_up_rows()
+    spoilt = [row | {"val_auc": math.nan} if row["method"] == "unified" else row for row in rows]
+    best = summarise(spoilt, SWEEP.budgets).best(DENSE_BYTES)
+    assert best[-1].method == "unified"
+    assert all(math.isfinite(point.validated) for point in best if point.method != "unified")
+    advice = advise(summarise([row | {"val_auc": math.nan} for row in rows], SWEEP.budgets))
+    assert {each.choice for each in advice} == {"undecided"}
+    assert "not defined on the validation split" in advice[0].reasons

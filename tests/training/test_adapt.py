@@ -123,3 +123,14 @@ def test_evaluation_counts_nothing(toy, tmp_path):
     trainer(tmp_path).validate(learner, DataModule(str(toy), 128), verbose=False)
     assert any(name.endswith("sketch.training") for name in before)
     assert all(torch.equal(value, learner.state_dict()[name]) for name, value in before.items())
+
+
+def test_accumulated_batches_are_one_step(toy, tmp_path, monkeypatch):
+    learner = task(toy, BOTH, backend="torch")
+    asked, adapt = [], learner.tables.adapt
+    monkeypatch.setattr(
+        learner.tables, "adapt", lambda step, epoch=None: (asked.append((step, epoch)), adapt(step, epoch))
+    )
+    run = trainer(tmp_path, accumulate_grad_batches=3, max_epochs=2)
+    run.fit(learner, DataModule(str(toy), 128))  # 16 batches an epoch: 6 steps, the last one of a single batch
+    assert asked == [(step, 1 if step == 6 else None) for step in range(12)]

@@ -1,6 +1,7 @@
 """`embtab fit | validate | test | predict` from a configuration file to files on disk."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from toy import write_toy
 
 from embtab import cli
 from embtab.errors import UserError
@@ -15,6 +17,8 @@ from embtab.files import held
 from embtab.training import metrics
 from embtab.training.task import FitTask
 
+CHECKPOINT = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+AUTOINT = ["--model.model", "embtab.models.AutoInt"]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -172,6 +176,13 @@ def test_the_same_seed_gives_the_same_run(config):
         ({"trainer__max_epochs": "many"}, "max_epochs.*many"),
         ({"trainer__accelerator": "abacus"}, "abacus"),
         ({"trainr": {"max_epochs": 1}}, "trainr"),
+        ({"model__lr": -1}, "lr must be a number from 0 on, got -1"),
+        ({"data__seed": -1}, "seed must be 0 or more, got -1"),
+        ({"seed_everything": -1}, "-1 is not in bounds"),
+        ({"trainer__logger": {"class_path": "lightning.pytorch.loggers.WandbLogger"}}, "wandb.*install the package"),
+        ({"trainer__callbacks": [CHECKPOINT | {"init_args": {"save_top_k": 3}}]}, "save_top_k=3, monitor=None"),
+        ({"trainer__callbacks": [CHECKPOINT, CHECKPOINT]}, "more than one stateful callback"),
+        ({"trainer__strategy": "dpp"}, "dpp"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_leaves_nothing(config, capsys, changes, says):
@@ -181,6 +192,89 @@ def test_a_wrong_setting_is_one_line_and_leaves_nothing(config, capsys, changes,
     assert len(line) < 300
     assert re.search(says, line)
     assert not Path("runs").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory) -> Path:
+    """A run of one step, whose checkpoints are last.ckpt and weights.ckpt."""
+    folder = tmp_path_factory.mktemp("trained")
+    argv = ["fit", "--data.path", str(toy), "--model.dim", "8", "--trainer.accelerator", "cpu"]
+    short = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
+    logger = ["--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger"]
+    where = [*logger, "--trainer.logger.init_args.save_dir", str(folder)]
+    weights = CHECKPOINT | {"init_args": {"dirpath": str(folder), "filename": "weights", "save_weights_only": True}}
+    assert main([*argv, *short, *where, f"--trainer.callbacks={json.dumps([weights])}"]) == 0
+    (last,) = folder.glob("*/*/checkpoints/last.ckpt")
+    last.rename(folder / "last.ckpt")
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 1  # one batch, and not all of them
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "checkpoint", "changes", "says"),
+    [
+        ("fit", "weights", [], "holds weights alone"),
+        ("fit", "last", ["--model.table_optimizer", "sgd"], "trained by 'rowwise_adagrad' and these are by 'sgd'"),
+        ("fit", "last", ["--model.table_optimizer", "adagrad"], "does not fit this configuration: .*optimizer"),
+        ("fit", "last", ["--model.backend", "torch"], "another optimizer, backend"),
+        ("test", "last", [*AUTOINT, "--model.model.dnn", "[7]"], "not fit .*model.dnn"),
+        ("fit", "last", [*AUTOINT, "--model.model.num_layers", "2"], "not fit .*model.attention"),
+        ("fit", "last", ["--data.path", "OTHER"], "trained on other data"),
+        ("validate", "last", ["--data.path", "OTHER"], "trained on other data"),
+        ("test", "last", ["--data.path", "OTHER"], "trained on other data"),
+        ("predict", "last", ["--data.path", "OTHER"], "trained on other data.*--other_data true"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_one_line(trained, other, toy, capsys, command, checkpoint, changes, says):
+    argv = ["--data.path", str(toy), "--model.dim", "8", "--trainer.accelerator", "cpu"]
+    argv += [str(other) if word == "OTHER" else word for word in changes]
+    argv += ["--ckpt_path", str(trained / f"{checkpoint}.ckpt")]
+    assert main([command, *argv, *(["--trainer.max_epochs", "3"] if command == "fit" else [])]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embtab: error: ")]
+    assert re.search(says, line)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """The same features and numbers of ids, other rows."""
+    folder = write_toy(tmp_path_factory.mktemp("other") / "data", rows={"train": 300, "valid": 50, "test": 60})
+    (folder / "vocab").mkdir()
+    return folder
+
+
+def test_data_whose_ids_mean_the_same_is_taken_where_the_user_says_so(trained, other, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    last = str(trained / "last.ckpt")
+    argv = ["--data.path", str(other), "--model.dim", "8", "--trainer.accelerator", "cpu", "--ckpt_path", last]
+    assert main(["predict", *argv, "--other_data", "true", "--split", "valid"]) == 0
+    assert len(pq.read_table("runs/fit/version_0/predictions.parquet")) == 50
+    assert main(["export", last, "bundle", "--vocab", str(other)]) == 2
+    assert "trained on other data" in capsys.readouterr().err
+
+
+def test_own_checkpoints_stand_beside_ours(config):
+    assert main(["fit", "--config", config(trainer__callbacks=[CHECKPOINT], trainer__max_steps=1)]) == 0
+    assert len(list(Path("runs/fit/version_0/checkpoints").glob("*.ckpt"))) == 2  # last and theirs
+
+
+def test_no_file_of_the_user_is_written_over(config, capsys):
+    path = Path(config(trainer__logger=False, trainer__max_steps=1))
+    before = path.read_text()
+    assert main(["fit", "--config", str(path)]) == 0
+    assert path.read_text() == before
+    here = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": ".", "name": "", "version": ""},
+    }
+    path = Path(config(trainer__logger=here, trainer__max_steps=1))
+    before = path.read_text()
+    assert main(["fit", "--config", str(path)]) == 0
+    assert path.read_text() == before
+
+
+def test_a_dry_run_has_no_folder(config, capsys):
+    assert main(["fit", "--config", config(trainer__fast_dev_run=True)]) == 0
+    assert "run:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from embtab.training.progress import Pace, Progress
 from embtab.training.task import FitTask
 
 
-def fit(toy, folder, progress):
+def fit(toy, folder, progress, backend="fbgemm", **options):
     def model(num_dense, num_features, dim):
         return AutoInt(num_dense, num_features, dim, attention_dim=8, num_layers=1, dnn=())
 
@@ -19,13 +19,13 @@ def fit(toy, folder, progress):
         accelerator="cpu",
         max_epochs=1,
         callbacks=[progress],
-        log_every_n_steps=6,
+        **{"log_every_n_steps": 6, **options},
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(FitTask(str(toy), dim=8, model=model), DataModule(str(toy), 128))
+    trainer.fit(FitTask(str(toy), dim=8, model=model, backend=backend), DataModule(str(toy), 128))
     return trainer
 
 
@@ -48,6 +48,13 @@ def test_a_file_gets_plain_lines(toy, tmp_path, capsys):
     assert lines[2].startswith("epoch 0  val/auc 0.")
     assert "\r" not in shown
     assert float(trainer.callback_metrics["train/samples_per_s"]) > 0
+
+
+def test_accumulated_batches_show_their_loss_and_one_line_a_step(toy, tmp_path, capsys):
+    fit(toy, tmp_path, Progress(terminal=False), backend="torch", accumulate_grad_batches=4, log_every_n_steps=1)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
+    assert [line.split("  ")[1] for line in lines if "batch" in line] == [f"batch {i}/16" for i in (4, 8, 12, 16)]
+    assert all(0.5 < float(line.split("  ")[2].removeprefix("loss ")) < 0.9 for line in lines if "batch" in line)
 
 
 def test_other_ranks_are_silent(toy, tmp_path, capsys):

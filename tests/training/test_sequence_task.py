@@ -22,6 +22,7 @@ from embtab.features import Feature
 from embtab.fused import Optimizer
 from embtab.models import DARE, DIN, MeanPool
 from embtab.planning import plan
+from embtab.quantise import served
 from embtab.reader import Bundle
 from embtab.training.checkpoint import load_tables
 from embtab.training.data import DataModule
@@ -273,6 +274,28 @@ def test_every_model_trains_on_any_table(planted, tmp_path, options):
     assert any(
         not torch.equal(task.tables.lookup.table(t), fresh.tables.lookup.table(t)) for t in task.tables.plan.tables
     )
+
+
+def test_the_test_reads_rows_as_served_in_both_collections(planted, tmp_path):
+    own = {"method": "dense", "dim": 4, "precision": "int8"}
+    task, data = (
+        FitSequenceTask(str(planted), dim=8, precision="int4", attention=own, model=partial(DARE, top_k=3)),
+        DataModule(str(planted), 100),
+    )
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    seen = {}
+
+    class Sees(L.Callback):
+        def on_test_batch_start(self, trainer, pl_module, *_):
+            seen.update({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    trainer(tmp_path, callbacks=[Sees()]).test(task, data, verbose=False)
+    for name, precision in (("tables", "int4"), ("attention", "int8")):
+        for table in getattr(task, name).plan.tables:
+            key = f"{name}.lookup.{table}"
+            assert torch.equal(seen[key], served(before[key], precision))
+            assert not torch.equal(seen[key], before[key])
+            assert torch.equal(task.state_dict()[key], before[key])
 
 
 def test_search_quality_against_a_loop(planted, tmp_path):
