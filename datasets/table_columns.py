@@ -42,7 +42,19 @@ _FIXES = {
 }
 _NULLS = "nulls only"  # the kind of a column without any value, which goes with every other
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-_ISO = ("%Y-%m-%dT%H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
+_ISO = (
+    "%Y-%m-%dT%H:%M:%S%.f%z",
+    "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%dT%H:%M%z",
+    "%Y-%m-%dT%H:%M",
+    "%Y-%m-%d",
+)
+_ZONES = (
+    (r"(:\d\d(?:\.\d+)?) ?(?:UTC|GMT|Z|z)$", "${1}+00:00"),
+    (r"(:\d\d(?:\.\d+)?) ?([+-]\d\d)$", "${1}${2}:00"),
+    (r"(:\d\d(?:\.\d+)?) ([+-]\d\d:?\d\d)$", "${1}${2}"),
+)
+"""Ways to end a time, and how ISO 8601 does."""
 
 
 def check_columns(files: list[TableFile], roles: Roles) -> None:
@@ -292,10 +304,12 @@ def _iso_or_numbers(text: pl.Series) -> pl.Series:
     if len(text) and numbers[0] is not None:
         whole = text.cast(pl.Int64, strict=False)
         return numbers if whole.null_count() else whole
-    spelt = text.str.replace(" ", "T", literal=True).str.replace("Z$", "+0000")
-    ways = [_parsed(spelt, format) for format in _ISO]
-    aware = ways[0].dt.replace_time_zone(None) if ways[0].dtype.time_zone else ways[0]  # type: ignore[attr-defined]
-    return pl.select(pl.coalesce([aware, *ways[1:]])).to_series()
+    spelt = text
+    for written, standard in _ZONES:
+        spelt = spelt.str.replace(written, standard)
+    ways = [_parsed(spelt.str.replace(" ", "T", literal=True), format) for format in _ISO]
+    plain = [way.dt.replace_time_zone(None) if way.dtype.time_zone else way for way in ways]  # type: ignore[attr-defined]
+    return pl.select(pl.coalesce(plain)).to_series()
 
 
 def _derived(piece: Piece, time: Time, moments: pl.Series, part: str) -> pl.Series:

@@ -6,11 +6,11 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from csv import QUOTE_MINIMAL, QUOTE_NONE, reader
 from csv import Error as CsvError
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat, takewhile
 from pathlib import Path
@@ -22,14 +22,15 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from embtab.datasets import table_parquet
 from embtab.datasets.ahead import ahead
 from embtab.datasets.criteo import numeric_order
 from embtab.datasets.quotes import RowBlocks
 from embtab.datasets.roles import Csv
+from embtab.datasets.table_folders import Value, partitions, refuse_versioned, with_constants
 from embtab.errors import DataError, shown
 
 SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".csv.gz", ".tsv.gz")
-_BLOCK_ROWS = 65_536  # of Parquet
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class TableFile:
     """Its path below the folder it was found in, else its name."""
     is_parquet: bool
     columns: dict[str, pl.DataType]
+    partition: Mapping[str, Value] = field(default_factory=dict)
+    """Columns whose values the names of its folders say, as in `day=1/part-0.parquet`."""
+
+    @property
+    def _own(self) -> list[str]:
+        """The columns that lie in the file itself."""
+        return [name for name in self.columns if name not in self.partition]
 
     def pieces(self, wanted: Sequence[str], csv: Csv, bar: tqdm) -> Iterator[Piece]:
         """The wanted columns, of at most some ten thousand rows at a time; the bar advances by bytes of the file.
@@ -73,25 +81,26 @@ class TableFile:
             DataError: when the file cannot be decoded, or holds no rows.
         """
         read = self._of_parquet if self.is_parquet else self._of_text
+        # Of a file that has none of them one is read for its number of rows.
+        own = [name for name in wanted if name not in self.partition] or self._own[:1]
+        constants = {name: self.partition[name] for name in wanted if name in self.partition}
         rows = 0
-        for piece in read(list(wanted), csv, bar):
+        for piece in read(own, csv, bar):
             rows += piece.rows.height
-            yield piece
+            yield replace(piece, rows=with_constants(piece.rows, constants)) if constants else piece
         if not rows:
             raise DataError(f"{self.path}: holds no rows; remove it or write it again")
 
     def _of_parquet(self, wanted: list[str], _: Csv, bar: tqdm) -> Iterator[Piece]:
         group = 0
         try:
-            with pq.ParquetFile(self.path) as file:
-                for group in range(file.num_row_groups):
-                    first = 0
-                    for batch in file.iter_batches(_BLOCK_ROWS, row_groups=[group], columns=wanted):
-                        batch.validate(full=True)  # text that is not UTF-8 would pass unseen
-                        rows = pl.DataFrame(pl.from_arrow(batch.select(wanted)))
-                        yield Piece(rows, self.path, group, first)
-                        first += rows.height
-                    bar.update(self.path.stat().st_size // file.num_row_groups)
+            groups = pq.read_metadata(self.path).num_row_groups
+            for group in range(groups):
+                first = 0
+                for rows in table_parquet.pieces(self.path, group, wanted):
+                    yield Piece(rows, self.path, group, first)
+                    first += rows.height
+                bar.update(self.path.stat().st_size // groups)
         except (pa.ArrowException, OSError) as error:
             place = f"{self.path}, row group {group}, column {self._unreadable(group, wanted)}"
             raise DataError(f"{place}: cannot be decoded: {_line(error)}; write the file again") from error
@@ -129,11 +138,9 @@ class TableFile:
         )
         try:
             header = 0 if csv.columns else 1
-            blocks = iter(RowBlocks(_unpacked(disk), path, delimiter, csv, len(self.columns)))
+            blocks = iter(RowBlocks(_unpacked(disk), path, delimiter, csv, len(self._own)))
             for block in takewhile(len, ahead(repeat(partial(next, blocks, b"")), 1)):
-                read = pc.ReadOptions(
-                    block_size=len(block) + 1, column_names=list(self.columns), skip_rows_after_names=header
-                )
+                read = pc.ReadOptions(block_size=len(block) + 1, column_names=self._own, skip_rows_after_names=header)
                 found = pl.DataFrame(pl.from_arrow(pc.read_csv(pa.py_buffer(block), read, parse, convert)))
                 header = 0
                 if found.height:
@@ -154,7 +161,8 @@ def find_files(raw: Sequence[Path], csv: Csv) -> list[TableFile]:
     """The files of a table, in reading order: folders stand for the files below them, in numeric order of their names.
 
     Raises:
-        DataError: for a path that does not exist, a folder without tables, text beside Parquet, or an unreadable file.
+        DataError: for a path that does not exist, a folder without tables, a table that keeps deleted rows, text
+            beside Parquet, or an unreadable file.
     """
     found: list[tuple[Path, str]] = []
     for path in raw:
@@ -163,8 +171,13 @@ def find_files(raw: Sequence[Path], csv: Csv) -> list[TableFile]:
         found += _below(path) if path.is_dir() else [(path, path.name)]
     if not found:
         raise DataError("no files are given")
+    refuse_versioned([path for path, _ in found])
     with tqdm(found, desc="opening", unit="file", disable=len(found) < 100) as bar:
         files = [_opened(path, name, csv) for path, name in bar]
+    for i, partition in enumerate(partitions([path for path, _ in found])):
+        own = {name: value for name, value in partition.items() if name not in files[i].columns}
+        types = pl.DataFrame({name: [value] for name, value in own.items()}).schema
+        files[i] = replace(files[i], columns={**files[i].columns, **types}, partition=own)
     for file in files:
         if file.is_parquet != files[0].is_parquet:
             kinds = ("text", "Parquet") if files[0].is_parquet else ("Parquet", "text")
@@ -209,8 +222,16 @@ def _opened(path: Path, name: str, csv: Csv) -> TableFile:
 
 def _types(schema: pa.Schema) -> dict[str, pl.DataType]:
     """The columns' types; unknown where polars has none and panics, which matters where such a column is read."""
-    known = pa.schema([field for field in schema if "decimal256" not in str(field.type)])
-    return {**dict.fromkeys(schema.names, pl.Unknown()), **pl.DataFrame(pl.from_arrow(known.empty_table())).schema}
+    known = pa.schema([field for field in schema if _is_known(field.type)])
+    types = pl.DataFrame(pl.from_arrow(table_parquet.in_utc(known.empty_table()))).schema
+    return {**dict.fromkeys(schema.names, pl.Unknown()), **types}
+
+
+def _is_known(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType) or pa.types.is_union(kind) or pa.types.is_run_end_encoded(kind):
+        return False
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return "decimal256" not in str(kind) and "interval" not in str(kind) and all(map(_is_known, inner))
 
 
 def _has_columns(count: int, path: Path, csv: Csv, text: str, line: bytes) -> bool:

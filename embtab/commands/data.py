@@ -178,6 +178,10 @@ def _check_data(arguments: argparse.Namespace) -> None:
     problems = check(arguments.dir)
     for problem in problems:
         print(problem)
-    if problems:
-        raise UserError(f"{arguments.dir}: {len(problems)} problems found")
+    warnings = sum(problem.warning for problem in problems)
+    if len(problems) > warnings:
+        raise UserError(f"{arguments.dir}: {len(problems) - warnings} problems found")
+    if warnings:
+        print(f"{arguments.dir}: can be used; {warnings} {'warning' if warnings == 1 else 'warnings'}")
+        return
     print(f"{arguments.dir}: no problems found")
