@@ -26,6 +26,7 @@ from embtab.bundle_files import FORMAT, VERSION, open_tensors, read_config, tens
 from embtab.collections import Collection, EmbeddingBagCollection
 from embtab.errors import UserError
 from embtab.methods import PRECISIONS, Table
+from embtab.plan_checks import check_arrays
 from embtab.planning import Plan
 from embtab.quantise import quantise
 from embtab.reader import VOCABULARY, Bundle, physical
@@ -270,6 +271,20 @@ def _in_a_row(arrays: Vectors) -> Tensor:
     return torch.from_numpy(np.concatenate(list(arrays.values())))
 
 
+def plan_of(opened: Bundle) -> Plan:
+    """The plan of a bundle, held to the tables and arrays that lie there.
+
+    Raises:
+        UserError: when it claims what cannot be, or comes from a method that this embtab does not have.
+    """
+    try:
+        plan = Plan.from_dict(opened.plan)
+        check_arrays(plan.encodings, opened.tables)
+    except UserError as error:
+        raise UserError(f"{opened.path}: {error}") from None
+    return plan
+
+
 @torch.no_grad()
 def load(
     path: str | Path,
@@ -289,7 +304,7 @@ def load(
         UserError: when the bundle is damaged, or comes from a method that this embtab does not have.
     """
     opened = Bundle(path, deltas=deltas)
-    tables = collection(Plan.from_dict(opened.plan), backend=backend, init_std=None)
+    tables = collection(plan_of(opened), backend=backend, init_std=None)
     for name in tables.plan.tables:
         rows, target = opened.tables[name], tables.lookup.table(name)
         for first in range(0, len(target), 2**16):

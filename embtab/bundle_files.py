@@ -18,6 +18,7 @@ FORMAT, VERSION = "embtab-bundle", 1
 DTYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 ROW_DTYPES = {"fp32": "F32", "fp16": "F16", "int8": "U8", "int4": "U8"}
 ARRAY_DTYPES = {"float32": "F32", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
+MAX_PARTS = 1024  # of a vector, beyond two for each of its numbers: what a lookup may be made to do
 POOLINGS = ("sum", "mean", "none")
 
 
@@ -36,6 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _check_config(config: Config) -> None:
     plan = config["plan"]
     need(is_int(plan["dim"], 1, 2**20), f"dim {plan['dim']!r} cannot be")
+    need(isinstance(plan["seed"], int), f"seed {plan['seed']!r} cannot be")
     tables = plan["tables"]
     need(isinstance(tables, list), "tables must be a list")
     for table in tables:
@@ -51,6 +53,9 @@ def _check_config(config: Config) -> None:
         need(encoding["dim"] == plan["dim"], f"encoding {space!r}: dim {encoding['dim']!r}, not {plan['dim']}")
         bound = encoding["num_ids"]
         need(bound is None or is_int(bound, 1, 2**63), f"encoding {space!r}: num_ids {bound!r}")
+        need(isinstance(encoding["tables"], list), f"encoding {space!r}: tables must be a list")
+        parts = len(encoding["tables"])
+        need(parts <= 2 * plan["dim"] + MAX_PARTS, f"encoding {space!r}: {parts} parts of a vector")
         for name in encoding["tables"]:
             need(name in names, f"encoding {space!r} reads a table {name!r} that is not there")
     _check_features(plan["features"], encodings)

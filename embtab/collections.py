@@ -223,8 +223,11 @@ class Collection(nn.Module):
         Raises:
             UserError: when they belong to another plan.
         """
-        facts = json.loads(bytes(state.tolist()))
-        if facts["plan"] != self.plan.digest:
+        try:
+            facts = dict(json.loads(bytes(state.tolist())))
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            facts = {}
+        if facts.get("plan") != self.plan.digest:
             raise UserError(
                 "the saved tables belong to another plan (features, methods, rows, dim or seed differ): ids would find "
                 "other rows; make the collection from the plan they were trained with"

@@ -103,6 +103,7 @@ def robe(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.nda
     table = tables[e["tables"][0]]
     flat, width = table.reshape(-1), table.shape[1]
     chunk = e["window"] * width
+    _need(chunk > 0 and chunk * len(e["seeds"]) == e["dim"], "chunks do not make a vector")
     starts = [width * hash_rows(ids, seed, e["num_rows"] - e["window"] + 1) for seed in e["seeds"]]
     return np.concatenate([flat[start[:, None] + np.arange(chunk)] for start in starts], axis=1)
 
@@ -146,6 +147,7 @@ def mixed_dim(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> n
 def decoded(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.ndarray:
     """Hashes of the id, scaled to [-1, 1], through a network; below zero, a hidden number counts a hundredth."""
     buckets, step = 1_000_000, 0x9E3779B97F4A7C15
+    _need(e["hashes"] == arrays["weight0"].shape[1], "the decoder reads another number of hashes")
     hashes = [hash_rows(ids, e["seed"] + k * step, buckets) for k in range(e["hashes"])]
     x = (2 * np.stack(hashes, axis=1) / (buckets - 1) - 1).astype(np.float32)
     for k in range(e["layers"] + 1):
@@ -190,11 +192,18 @@ def sparse(e: Encoding, tables: Tables, arrays: Tables, ids: np.ndarray) -> np.n
         place = first[which] + (np.cumsum(there, axis=1) - 1)[which, column]
     else:
         first, end = arrays["first"][row], arrays["first"][row + 1]
+        _need((first >= 0).all() and (first <= end).all() and (end - first <= dim).all(), "rows have too many values")
         which = np.repeat(np.arange(len(row)), end - first)
         place = np.concatenate([np.arange(a, b) for a, b in zip(first, end, strict=True)] or [row]).astype(np.int64)
         column = arrays["columns"][place]
     vectors[owner[which], column] = values[place]
     return vectors
+
+
+def _need(condition: object, what: str) -> None:
+    """A check of what a file claims, where a wrong number would cost work or memory without bound."""
+    if not condition:
+        raise ValueError(what)
 
 
 DECODERS: dict[str, Callable[[Encoding, Tables, Tables, np.ndarray], np.ndarray]] = {

@@ -42,26 +42,29 @@ class Feature:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise UserError(f"a feature needs a name; got {self.name!r}")
+            raise UserError(f"a feature needs a name; got {shown(self.name)}")
         if not isinstance(self.id_space, str | None):
-            raise UserError(f"feature {self.name!r}: id_space must be a name, got {self.id_space!r}")
+            raise UserError(f"feature {shown(self.name)}: id_space must be a name, got {shown(self.id_space)}")
         if not is_whole(self.num_ids) or not 1 <= self.num_ids < 2**63:
             raise UserError(
-                f"feature {self.name!r}: num_ids must be a positive whole number below 2^63, got {self.num_ids!r}"
+                f"feature {shown(self.name)}: num_ids must be a positive whole number below 2^63, "
+                f"got {shown(self.num_ids)}"
             )
         if self.pooling not in POOLINGS:
             raise UserError(
-                f"feature {self.name!r}: pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}"
+                f"feature {shown(self.name)}: pooling must be one of {', '.join(POOLINGS)}, got {shown(self.pooling)}"
             )
         object.__setattr__(self, "num_ids", int(self.num_ids))
         if not isinstance(self.hashed, bool):
-            raise UserError(f"feature {self.name!r}: hashed must be true or false, got {self.hashed!r}")
+            raise UserError(f"feature {shown(self.name)}: hashed must be true or false, got {shown(self.hashed)}")
         if self.hashed and self.counts is not None:
-            raise UserError(f"feature {self.name!r}: hashed ids are any int64, so they cannot have counts by id")
+            raise UserError(f"feature {shown(self.name)}: hashed ids are any int64, so they cannot have counts by id")
         if self.counts is not None:
             counts = self._whole_counts()
             if counts.shape != (self.num_ids,):
-                raise UserError(f"feature {self.name!r}: counts must have shape ({self.num_ids},), got {counts.shape}")
+                raise UserError(
+                    f"feature {shown(self.name)}: counts must have shape ({self.num_ids},), got {counts.shape}"
+                )
             object.__setattr__(self, "counts", counts)
 
     def _whole_counts(self) -> np.ndarray:
@@ -181,7 +184,7 @@ def id_spaces(features: Iterable[Feature]) -> list[Feature]:
         if not isinstance(feature, Feature):
             raise UserError(f"features must be a list of embtab.Feature, and one of them is {shown(feature)}")
         if feature.name in names:
-            raise UserError(f"feature {feature.name!r} is listed twice; names must be unique")
+            raise UserError(f"feature {shown(feature.name)} is listed twice; names must be unique")
         names.add(feature.name)
         known = spaces.get(feature.space)
         if known is None:
@@ -191,11 +194,13 @@ def id_spaces(features: Iterable[Feature]) -> list[Feature]:
             continue
         if known.num_ids != feature.num_ids:
             raise UserError(
-                f"feature {feature.name!r} has {feature.num_ids} ids but its id space {feature.space!r} has "
+                f"feature {shown(feature.name)} has {feature.num_ids} ids but its id space {shown(feature.space)} has "
                 f"{known.num_ids}; features that share a space need equal num_ids"
             )
         if known.hashed != feature.hashed:
-            raise UserError(f"feature {feature.name!r}: hashed must be that of its id space {feature.space!r}")
+            raise UserError(
+                f"feature {shown(feature.name)}: hashed must be that of its id space {shown(feature.space)}"
+            )
         both = None if known.counts is None or feature.counts is None else known.counts + feature.counts
         spaces[feature.space] = replace(known, counts=both)
     return list(spaces.values())

@@ -8,14 +8,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from embtab.auto import choices
-from embtab.errors import InfeasibleBudget, UserError
+from embtab.errors import InfeasibleBudget, UserError, shown
 from embtab.features import Feature, id_spaces, is_whole
 from embtab.groups import grouped, solve
 from embtab.hashing import MAX_ROWS
-from embtab.methods import METHODS, PRECISIONS, Encoding, Spec, Table
+from embtab.methods import PRECISIONS, Encoding, Spec, Table
+from embtab.plan_checks import MAX_DIM, check_plan, read_encoding, read_feature, read_table
 from embtab.sizes import format_bytes, parse_bytes
 from embtab.specs import MethodSpec, by_feature, named
 
@@ -177,19 +179,25 @@ class Plan:
         """The plan that `to_dict` described.
 
         Raises:
-            UserError: when a field is missing or unknown.
+            UserError: when a field is missing, unknown or cannot be, or tables are not as an encoding reads them.
         """
+        if not isinstance(described, Mapping):
+            raise UserError("not a plan: it is no object")
         try:
-            return _assembled(
-                tuple(Feature(**entry) for entry in described["features"]),
-                {space: _read_encoding(entry) for space, entry in described["encodings"].items()},
-                [Table(**entry) for entry in described["tables"]],
-                described["dim"],
-                described["seed"],
-                described["budget"],
-            )
-        except (KeyError, TypeError) as error:
+            features = tuple(read_feature(entry) for entry in described["features"])
+            encodings = {space: read_encoding(space, entry) for space, entry in described["encodings"].items()}
+            tables = [read_table(entry) for entry in described["tables"]]
+            dim, seed, budget = (described[name] for name in ("dim", "seed", "budget"))
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not a plan: {error}") from error
+        if (
+            type(dim) is not int
+            or not 1 <= dim <= MAX_DIM
+            or type(seed) is not int
+            or type(budget) not in (int, NoneType)
+        ):
+            raise UserError(f"not a plan: dim {shown(dim)}, seed {shown(seed)}, budget {shown(budget)}")
+        return _assembled(features, encodings, tables, dim, seed, budget)
 
 
 def plan(
@@ -279,18 +287,6 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
-
-
-def _read_encoding(entry: Mapping[str, Any]) -> Encoding:
-    fields = {key: _frozen(value) for key, value in entry.items()}
-    name = fields.pop("method")
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
-    return METHODS[name](**fields)
-
-
 def _assembled(
     features: tuple[Feature, ...],
     encodings: Mapping[str, Encoding],
@@ -304,12 +300,16 @@ def _assembled(
     if len(by_name) != len(tables):
         names = [table.name for table in tables]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two physical tables would be called {twice!r}; rename the feature")
+        raise UserError(f"two physical tables would be called {shown(twice)}; rename the feature")
     for space, encoding in encodings.items():
         for name in encoding.tables:
             if name not in by_name:
-                raise UserError(f"feature {space!r} reads a table {name!r} that the plan does not have")
+                raise UserError(f"feature {shown(space)} reads a table {shown(name)} that the plan does not have")
+    check_plan(features, encodings, by_name, dim)
+    for space, encoding in encodings.items():
         for name in encoding.arrays():
             if f"{space}.{name}" in by_name:
-                raise UserError(f"feature {space!r} has an array {name!r}, so no table may be called {space}.{name}")
+                raise UserError(
+                    f"feature {shown(space)} has an array {shown(name)}, so no table may be called {space[:60]}.{name}"
+                )
     return Plan(features, dict(encodings), by_name, dim, seed, budget)

@@ -168,7 +168,7 @@ class Bundle:
         encoding = self.plan["encodings"][space]
         _refuse_outside(encoding["num_ids"], feature, ids)
         if encoding["method"] not in DECODERS:
-            raise BundleError(f"{self.path}: feature {feature!r}: no decoder for method {encoding['method']!r}")
+            raise BundleError(f"{self.path}: feature {feature!r}: no decoder for method {encoding['method']!r:.60}")
         try:
             with np.errstate(divide="raise"):
                 found = np.asarray(_decoded(encoding, self.tables, space, ids), np.float32)

@@ -136,6 +136,7 @@ class refused:  # noqa: N801 (reads as a statement: with refused(path): ...)
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, _WrongError | KeyError | TypeError | AttributeError | OverflowError):
             what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+            what = what if len(what) <= 300 else f"{what[:297]}..."
             raise BundleError(f"{self.path}: {what}") from None
 
 

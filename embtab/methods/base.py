@@ -16,8 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from embtab.errors import InfeasibleBudget
+from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import Feature
+from embtab.hashing import MAX_ROWS
 from embtab.sizes import format_bytes
 
 Array = Any  # a torch.Tensor or a numpy.ndarray
@@ -153,6 +154,21 @@ class LiveTable:
     moments: Tensor | None
 
 
+def require(condition: Any, what: str) -> None:
+    """A check, in `Encoding.check` and `check_arrays`, of what a file claims.
+
+    Raises:
+        UserError: with `what`, which the caller leads in with feature and method.
+    """
+    if not condition:
+        raise UserError(what)
+
+
+def require_hashable(num_rows: int) -> None:
+    """The same for a number of rows that ids are hashed to."""
+    require(1 <= num_rows <= MAX_ROWS, f"ids cannot be hashed to {num_rows} rows")
+
+
 JOININGS = ("concat", "sum", "product")
 """Rows side by side in order, their sum, their product: what a lookup may do with them while it reads them."""
 
@@ -211,6 +227,33 @@ class Encoding(ABC):
     def may_skip(self) -> bool:
         """Whether `rows` may give -1, for a part that an id does not have: it reads as zeros and trains nothing."""
         return False
+
+    @abstractmethod
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """Rows and width of the table of each part, by the encoding's own numbers; the tables of a plan must be so."""
+
+    def check(self) -> None:
+        """Refuses numbers that cannot be, as a file may claim them; called before `shapes`.
+
+        Raises:
+            UserError: that says which number, by `require`.
+        """
+        return None
+
+    def check_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Refuses integer arrays, by name, that lead to rows that are not there.
+
+        Raises:
+            UserError: that says which array, by `require`.
+        """
+        return None
+
+    @property
+    def bounded_ids(self) -> int:
+        """The number of ids, where the method needs them numbered from 0."""
+        require(self.num_ids is not None, "num_ids is missing")
+        assert self.num_ids is not None
+        return self.num_ids
 
     def arrays(self) -> dict[str, ArraySpec]:
         """The arrays beside the tables, by name. Encodings that have any are computed feature by feature."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from embtab.methods.base import Array, ArraySpec
+from embtab.methods.base import Array, ArraySpec, require
 
 WORD = 64
 
@@ -56,6 +56,19 @@ def specs(places: int, prefix: str, part: str) -> dict[str, ArraySpec]:
         f"{prefix}bits": ArraySpec((words(places),), "int64", part=part),
         f"{prefix}starts": ArraySpec((words(places),), "int32", part=part),
     }
+
+
+def check(bits: np.ndarray, starts: np.ndarray, places: int, kept: int) -> None:
+    """Refuses a bitmap that keeps places beyond `places`, other than `kept` of them, or counts them wrong.
+
+    Raises:
+        UserError: that says so.
+    """
+    counts = popcount(np.asarray(bits, dtype=np.int64))
+    require(int(counts.sum()) == kept, f"a bitmap keeps {int(counts.sum())} places, not {kept}")
+    require(np.array_equal(np.cumsum(counts) - counts, starts), "a bitmap counts its places wrong")
+    if places % WORD:
+        require(int(bits[-1]) >> places % WORD == 0, f"a bitmap keeps a place beyond its {places}")
 
 
 def some(places: int, kept: int, generator: np.random.Generator) -> np.ndarray:

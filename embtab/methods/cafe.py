@@ -36,7 +36,17 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, ArraySpec, Encoding, LiveTable, PartInit, Solution, Spec, fill
+from embtab.methods.base import (
+    Array,
+    ArraySpec,
+    Encoding,
+    LiveTable,
+    PartInit,
+    Solution,
+    Spec,
+    fill,
+    require,
+)
 from embtab.methods.dense import dense_solution
 
 SLOTS = 4  # of a bucket
@@ -62,6 +72,18 @@ class CAFE(Encoding):
     method: ClassVar[str] = "cafe"
     bare: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Four seeds, two buckets at least (an empty slot holds an id of another), and steps that come."""
+        require(len(self.seeds) == 4, f"{len(self.seeds)} seeds where there are 4")
+        require(
+            self.num_buckets >= 2 and self.num_rows >= 1, f"{self.num_buckets} buckets, {self.num_rows} shared rows"
+        )
+        require(self.every >= 1, f"every is {self.every}")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A row per slot, and the shared rows behind them."""
+        return [(SLOTS * self.num_buckets + self.num_rows, self.dim)]
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """Seeds and sizes of the two hashes."""

@@ -36,7 +36,18 @@ from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows
 from embtab.kmeans import group_means, kmeans, nearest
-from embtab.methods.base import Array, ArraySpec, Encoding, LiveTable, PartInit, Solution, Spec, fill
+from embtab.methods.base import (
+    Array,
+    ArraySpec,
+    Encoding,
+    LiveTable,
+    PartInit,
+    Solution,
+    Spec,
+    fill,
+    require,
+    require_hashable,
+)
 from embtab.methods.dense import dense_solution
 
 
@@ -63,6 +74,28 @@ class CCE(Encoding):
     method: ClassVar[str] = "cce"
     adaptive: ClassVar[bool] = True
 
+    def check(self) -> None:
+        """Chunks divide the vector, and pointers reach every centroid."""
+        require_hashable(self.num_rows)
+        require(self.chunks >= 1 and self.dim % self.chunks == 0, f"{self.chunks} chunks do not divide {self.dim}")
+        most = {"uint8": 2**8, "int16": 2**15}.get(self.pointer, 0)
+        require(1 <= self.centroids <= most, f"pointers of {self.pointer!r} to {self.centroids} centroids")
+        pointed, hashed = self.tables[: self.chunks], self.tables[self.chunks :]
+        require(len({*pointed}) == 1 == len({*hashed}), "chunks read more than two tables")
+        require(self.bounded_ids >= 1, f"num_ids is {self.num_ids}")
+        require(self.every >= 0 and self.clusterings >= 0, f"every is {self.every}, clusterings is {self.clusterings}")
+
+    def check_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Pointers are those of centroids."""
+        pointers = arrays["pointers"]
+        require(pointers.min() >= 0 and pointers.max() < self.centroids, f"a pointer beyond {self.centroids} centroids")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """The centroids of every chunk, and the hashed rows of every chunk."""
+        width = self.dim // self.chunks
+        pointed, hashed = (self.chunks * self.centroids, width), (self.chunks * self.num_rows, width)
+        return [pointed] * self.chunks + [hashed] * self.chunks
+
     def constants(self) -> dict[str, tuple[int, ...]]:
         """For each part: its chunk, whether it is hashed, and the first row of its chunk; and T1's rows."""
         chunk = tuple(range(self.chunks))
@@ -75,9 +108,8 @@ class CCE(Encoding):
 
     def arrays(self) -> dict[str, ArraySpec]:
         """h0 and the seeds of h1, which change and so are no constants."""
-        assert self.num_ids is not None
         return {
-            "pointers": ArraySpec((self.num_ids, self.chunks), self.pointer, part="pointers"),
+            "pointers": ArraySpec((self.bounded_ids, self.chunks), self.pointer, part="pointers"),
             "seeds": ArraySpec((self.chunks,), "int64", part="seeds"),
         }
 

@@ -20,6 +20,10 @@ class Dense(Encoding):
     arithmetic: ClassVar[str | None] = "id"
     bare: ClassVar[bool] = True
 
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A row per id."""
+        return [(self.bounded_ids, self.dim)]
+
     def constants(self) -> dict[str, tuple[int, ...]]:
         """None are needed."""
         return {}

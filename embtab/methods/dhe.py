@@ -34,11 +34,12 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import hash_rows, seed_of
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill
+from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill, require
 from embtab.methods.dense import dense_solution
 
 BUCKETS = 1_000_000
 SLOPE = 0.01  # of the activation below zero
+MOST = 2**16  # hashes, and numbers of a layer
 GOLDEN = 0x9E3779B97F4A7C15  # the step between the seeds of splitmix64's own stream
 
 
@@ -58,7 +59,16 @@ class DHE(Encoding):
         """The decoder is a network."""
         return False
 
-    def shapes(self) -> list[tuple[int, int]]:
+    def check(self) -> None:
+        """A decoder that can be computed."""
+        for name, most in (("hashes", MOST), ("width", MOST), ("layers", 64)):
+            require(1 <= getattr(self, name) <= most, f"{name} is {getattr(self, name)}, beyond 1 to {most}")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """There are no tables."""
+        return []
+
+    def layer_shapes(self) -> list[tuple[int, int]]:
         """Outputs and inputs of every layer."""
         sizes = [self.hashes, *[self.width] * self.layers, self.dim]
         return list(zip(sizes[1:], sizes[:-1], strict=True))
@@ -66,7 +76,7 @@ class DHE(Encoding):
     def arrays(self) -> dict[str, ArraySpec]:
         """Weights by He's rule for what each layer reads, biases of zero; the last layer follows the vectors' std."""
         made: dict[str, ArraySpec] = {}
-        for k, (outputs, inputs) in enumerate(self.shapes()):
+        for k, (outputs, inputs) in enumerate(self.layer_shapes()):
             # The mean square of what it reads: uniform in [-1, 1], or the activation of a standard normal number.
             mean_square = 1 / 3 if k == 0 else (1 + SLOPE**2) / 2
             std = 1 / math.sqrt(inputs * mean_square)

@@ -25,7 +25,7 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill, require, require_hashable
 from embtab.methods.dense import dense_solution
 
 HOT_WITHOUT_COUNTS = 0.5
@@ -44,6 +44,15 @@ class FreqCut(Encoding):
 
     method: ClassVar[str] = "freqcut"
     bare: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """The ids that are not hot have a row."""
+        require_hashable(self.num_rows - self.hot)
+        require(0 <= self.hot < self.num_rows, f"{self.hot} hot ids of {self.num_rows} rows")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A row per hot id, and the shared rows behind them."""
+        return [(self.num_rows, self.dim)]
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """The seed, the number of hot ids and the number of rows that the others share."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill, require_hashable
 from embtab.methods.dense import dense_solution
 
 
@@ -29,6 +29,14 @@ class Hash(Encoding):
     method: ClassVar[str] = "hash"
     arithmetic: ClassVar[str | None] = "hash"
     bare: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Ids can be hashed to so many rows."""
+        require_hashable(self.num_rows)
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """The rows that ids are hashed to."""
+        return [(self.num_rows, self.dim)]
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """The seed and the number of rows."""

@@ -45,6 +45,10 @@ class LowRank(Encoding):
         projection = {"projection": ArraySpec((self.rank, self.dim), std=self.rank**-0.5)}
         return projection | {"bias": ArraySpec((self.dim,))} if self.bias else projection
 
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A narrow row per id."""
+        return [(self.bounded_ids, self.rank)]
+
     def constants(self) -> dict[str, tuple[int, ...]]:
         """None are needed."""
         return {}

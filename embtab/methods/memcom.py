@@ -22,7 +22,7 @@ from torch import Tensor
 
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill, require_hashable
 from embtab.methods.dense import dense_solution
 
 
@@ -39,6 +39,14 @@ class MEmCom(Encoding):
     def linear(self) -> bool:
         """A product of sums is not the sum of products."""
         return False
+
+    def check(self) -> None:
+        """Ids can be hashed to so many rows."""
+        require_hashable(self.num_rows)
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """Rows that ids are hashed to, and a scalar per id."""
+        return [(self.num_rows, self.dim), (self.bounded_ids, 1)]
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """The seed, the number of rows, and which part is hashed."""

@@ -30,9 +30,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from embtab.errors import UserError
+from embtab.errors import UserError, shown
 from embtab.features import Feature
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, infeasible
+from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, infeasible, require
 from embtab.methods.dense import Dense, dense_solution
 
 ENOUGH = 0.99
@@ -70,19 +70,35 @@ class MixedDim(Encoding):
         narrow = {f"projection{b}": width for b, width in enumerate(self.widths) if width < self.dim}
         arrays = {name: ArraySpec((width, self.dim), std=width**-0.5) for name, width in narrow.items()}
         if self.mapped:
-            assert self.num_ids is not None
-            arrays["ranks"] = ArraySpec((self.num_ids,), "int32", part="row map")
+            arrays["ranks"] = ArraySpec((self.bounded_ids,), "int32", part="row map")
         return arrays
 
     def initial(self, name: str, generator: np.random.Generator) -> np.ndarray:
         """The ranks."""
-        assert self.num_ids is not None
-        return np.arange(self.num_ids, dtype=np.int32) if self.ranks is None else self.ranks
+        return np.arange(self.bounded_ids, dtype=np.int32) if self.ranks is None else self.ranks
+
+    def check(self) -> None:
+        """Blocks follow each other, and none is wider than a vector."""
+        stops = (*self.starts[1:], self.bounded_ids)
+        rising = self.starts[:1] == (0,) and all(a < b for a, b in zip(self.starts, stops, strict=True))
+        require(rising, f"starts do not rise from 0 to {self.num_ids}: {shown(self.starts)}")
+        require(len(self.widths) == len(self.starts), f"{len(self.widths)} widths for {len(self.starts)} starts")
+        require(all(1 <= width <= self.dim for width in self.widths), f"widths beyond {self.dim}: {shown(self.widths)}")
+
+    def check_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Ranks are those of ids."""
+        for name, ranks in arrays.items():
+            if name == "ranks" and ranks.size:
+                require(ranks.min() >= 0 and ranks.max() < self.bounded_ids, "a rank is not that of an id")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A row per id of the block."""
+        stops = (*self.starts[1:], self.bounded_ids)
+        return [(b - a, width) for a, b, width in zip(self.starts, stops, self.widths, strict=True)]
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """Where each block starts and stops."""
-        assert self.num_ids is not None
-        return {"start": self.starts, "stop": (*self.starts[1:], self.num_ids)}
+        return {"start": self.starts, "stop": (*self.starts[1:], self.bounded_ids)}
 
     @staticmethod
     def rows(ids: Array, c: Mapping[str, Array]) -> Array:

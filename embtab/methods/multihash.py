@@ -29,7 +29,7 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill, require, require_hashable
 from embtab.methods.dense import dense_solution, shared_budget
 
 
@@ -58,6 +58,19 @@ class MultiHash(Encoding):
     def variant(self) -> tuple:
         """Whether the last part holds scalars."""
         return (self.weighted,)
+
+    def check(self) -> None:
+        """A seed for each number of rows, and a row beside the scalars."""
+        for num_rows in self.num_rows:
+            require_hashable(num_rows)
+        require(len(self.seeds) == len(self.num_rows), f"{len(self.seeds)} seeds for {len(self.num_rows)} parts")
+        require(len(self.seeds) > self.weighted, "there is no row to sum")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """Rows that are summed; where weighted, rows of a scalar for each of them."""
+        hashes = len(self.num_rows) - self.weighted
+        widths = [self.dim] * hashes + [hashes] * self.weighted
+        return list(zip(self.num_rows, widths, strict=True))
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """A seed and a number of rows per part."""

@@ -29,9 +29,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from embtab.errors import UserError
+from embtab.errors import UserError, shown
 from embtab.features import Feature
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill, require
 from embtab.methods.dense import dense_solution
 
 KINDS = ("radix", "crt")
@@ -55,10 +55,22 @@ class Partitions(Encoding):
     arithmetic: ClassVar[str | None] = "digit"
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.moduli) <= MOST_PARTS or min(self.moduli) < 1:
+            raise UserError(f"partitions: 1 to {MOST_PARTS} moduli of at least 1; got {shown(self.moduli)}")
         if self.num_ids is None or math.prod(self.moduli) < self.num_ids:
             raise UserError(f"partitions: the product of moduli {self.moduli} must reach the {self.num_ids} ids")
         if self.kind == "crt" and any(math.gcd(a, b) > 1 for a, b in combinations(self.moduli, 2)):
             raise UserError(f"partitions: moduli of kind 'crt' must be pairwise co-prime; got {self.moduli}")
+
+    def check(self) -> None:
+        """The kind is one of two, and rows can be put together."""
+        require(self.kind in KINDS, f"kind is {self.kind!r}")
+        part_width(self.method, self.op, self.dim, len(self.moduli))
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A row per digit or residue."""
+        width = part_width(self.method, self.op, self.dim, len(self.moduli))
+        return [(modulus, width) for modulus in self.moduli]
 
     @property
     def joining(self) -> str:

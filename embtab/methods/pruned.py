@@ -26,7 +26,8 @@ from torch import Tensor
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill
+from embtab.methods import bitmap as bitmaps
+from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill, require
 from embtab.methods.bitmap import bitmap, locate, some, specs
 from embtab.methods.dense import dense_solution
 
@@ -53,26 +54,35 @@ class Pruned(Encoding):
     @property
     def may_skip(self) -> bool:
         """Unless every id keeps a row."""
-        return self.num_rows < self._num_ids
+        return self.num_rows < self.bounded_ids
 
     @property
     def variant(self) -> tuple:
         """Where every id has a row, nothing asks whether one is there."""
         return (self.may_skip,)
 
-    @property
-    def _num_ids(self) -> int:
-        assert self.num_ids is not None
-        return self.num_ids
-
     def arrays(self) -> dict[str, ArraySpec]:
         """The bitmap of ids, if mapped."""
-        return specs(self._num_ids, "", "row map") if self.mapped else {}
+        return specs(self.bounded_ids, "", "row map") if self.mapped else {}
 
     def initial(self, name: str, generator: np.random.Generator) -> np.ndarray:
         """The bitmap."""
-        kept = some(self._num_ids, self.num_rows, generator) if self.kept is None else self.kept
+        kept = some(self.bounded_ids, self.num_rows, generator) if self.kept is None else self.kept
         return dict(zip(("bits", "starts"), bitmap(kept), strict=True))[name]
+
+    def check(self) -> None:
+        """No more rows than ids, none wider than a vector."""
+        require(1 <= self.num_rows <= self.bounded_ids, f"{self.num_rows} rows of {self.num_ids} ids")
+        require(1 <= self.width <= self.dim, f"width {self.width} of {self.dim}")
+
+    def check_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The bitmap keeps as many ids as there are rows."""
+        if self.mapped:
+            bitmaps.check(arrays["bits"], arrays["starts"], self.bounded_ids, self.num_rows)
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A row per id that keeps one."""
+        return [(self.num_rows, self.width)]
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """How many rows there are."""
@@ -91,7 +101,7 @@ class Pruned(Encoding):
 
     def start(self, std: float) -> Sequence[PartInit]:
         """Wider than asked for by the share of entries that are there, as the others are zero."""
-        return [PartInit(0.0, std * math.sqrt(self._num_ids * self.dim / (self.num_rows * self.width)))]
+        return [PartInit(0.0, std * math.sqrt(self.bounded_ids * self.dim / (self.num_rows * self.width)))]
 
     def colliding(self, num_ids: int) -> float:
         """The ids without a row, all zero."""

@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from embtab.features import Feature
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill, require
 from embtab.methods.dense import dense_solution
 from embtab.methods.partitions import combined, part_std, part_width
 
@@ -49,6 +49,16 @@ class QR(Encoding):
     def variant(self) -> tuple:
         """The way the two parts become one."""
         return (self.op,)
+
+    def check(self) -> None:
+        """There is something to divide by, and a way to put two rows together."""
+        require(self.collisions >= 1, f"collisions is {self.collisions}")
+        part_width(self.method, self.op, self.dim, 2)
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A row per quotient, a row per remainder."""
+        width = part_width(self.method, self.op, self.dim, 2)
+        return [(-(-self.bounded_ids // self.collisions), width), (self.collisions, width)]
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """What the quotient and the id are multiplied by, to give the quotient and the remainder."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require, require_hashable
 from embtab.methods.dense import shared_budget
 
 
@@ -46,6 +46,21 @@ class Robe(Encoding):
     def joining(self) -> str:
         """Side by side."""
         return "concat"
+
+    def check(self) -> None:
+        """Chunks fit into the array, and make a vector."""
+        require_hashable(self.num_rows)
+        require(1 <= self.window <= self.num_rows, f"a window of {self.window} in {self.num_rows} rows")
+        parts = self.window * len(self.seeds)
+        require(
+            parts == len(self.tables), f"{len(self.seeds)} windows of {self.window} are not {len(self.tables)} parts"
+        )
+        require(len({*self.tables}) == 1, "parts read more than one array")
+        require(parts and self.dim % parts == 0, f"{parts} parts do not divide {self.dim}")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """One array for all parts."""
+        return [(self.num_rows, self.dim // len(self.tables))] * len(self.tables)
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """Per part its chunk's seed and its place in the chunk; and how many rows a chunk may start at."""

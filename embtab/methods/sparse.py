@@ -29,7 +29,7 @@ from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS
 from embtab.methods import bitmap as bitmaps
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill
+from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill, require
 from embtab.methods.dense import dense_solution
 
 FORMS = ("bitmap", "csr")
@@ -61,14 +61,9 @@ class Sparse(Encoding):
         """An entry may be zero."""
         return True
 
-    @property
-    def _num_ids(self) -> int:
-        assert self.num_ids is not None
-        return self.num_ids
-
     def arrays(self) -> dict[str, ArraySpec]:
         """What says where the values belong."""
-        arrays = bitmaps.specs(self._num_ids, "row_", "row map") if self.mapped else {}
+        arrays = bitmaps.specs(self.bounded_ids, "row_", "row map") if self.mapped else {}
         if self.form == "bitmap":
             return arrays | bitmaps.specs(self.num_rows * self.dim, "", "sparse indices")
         return arrays | {
@@ -79,10 +74,10 @@ class Sparse(Encoding):
     def initial(self, name: str, generator: np.random.Generator) -> np.ndarray:
         """Bitmaps, or row starts and columns, of the mask."""
         if self.mask is not None:
-            rows = np.asarray(self.mask.any(axis=1) if self.mapped else np.arange(self._num_ids) < self.num_rows)
+            rows = np.asarray(self.mask.any(axis=1) if self.mapped else np.arange(self.bounded_ids) < self.num_rows)
             mask = self.mask[rows]
         else:
-            rows = bitmaps.some(self._num_ids, self.num_rows, generator)
+            rows = bitmaps.some(self.bounded_ids, self.num_rows, generator)
             mask = bitmaps.some(self.num_rows * self.dim, self.num_values, generator).reshape(-1, self.dim)
         if name in ("row_bits", "row_starts"):
             return bitmaps.bitmap(rows)[name == "row_starts"]
@@ -91,6 +86,31 @@ class Sparse(Encoding):
         if name == "columns":
             return np.nonzero(mask)[1].astype(column_type(self.dim))
         return np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int32)
+
+    def check(self) -> None:
+        """No more rows than ids, no more values than entries."""
+        require(self.form in FORMS, f"form is {self.form!r}")
+        require(1 <= self.num_rows <= self.bounded_ids, f"{self.num_rows} rows of {self.num_ids} ids")
+        entries = self.num_rows * self.dim
+        require(1 <= self.num_values <= entries, f"{self.num_values} values of {entries} entries")
+        require(len({*self.tables}) == 1, "entries read more than one table of values")
+        require(self.dim <= 2**15, f"columns of {self.dim} numbers")
+
+    def check_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """What says where values belong knows as many as there are."""
+        if self.mapped:
+            bitmaps.check(arrays["row_bits"], arrays["row_starts"], self.bounded_ids, self.num_rows)
+        if self.form == "bitmap":
+            bitmaps.check(arrays["bits"], arrays["starts"], self.num_rows * self.dim, self.num_values)
+            return
+        first, columns = arrays["first"], arrays["columns"]
+        rising = first[0] == 0 and first[-1] == self.num_values and not (np.diff(first) < 0).any()
+        require(rising, f"the starts of rows do not rise from 0 to {self.num_values}")
+        require(columns.min() >= 0 and columns.max() < self.dim, f"a column beyond {self.dim}")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A value per entry that is kept."""
+        return [(self.num_values, 1)] * self.dim
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """The column of each part, and the numbers of rows and columns."""
@@ -115,7 +135,7 @@ class Sparse(Encoding):
 
     def start(self, std: float) -> Sequence[PartInit]:
         """Wider than asked for by the share of entries that are there, as the others are zero."""
-        wider = math.sqrt(self._num_ids * self.dim / self.num_values)
+        wider = math.sqrt(self.bounded_ids * self.dim / self.num_values)
         return [PartInit(0.0, std * wider)] * self.dim
 
     @classmethod

@@ -19,6 +19,7 @@ no cache of hot rows: a frequency cut is a method of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +28,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from embtab.features import Feature
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill, require
 from embtab.methods.dense import dense_solution
 
 Three = tuple[int, int, int]
@@ -52,6 +53,19 @@ class TensorTrain(Encoding):
     def variant(self) -> tuple:
         """The shapes of the cores' rows."""
         return (self.q, self.ranks)
+
+    def check(self) -> None:
+        """The digits reach every id, and the factors make a vector."""
+        require(
+            min(*self.p, *self.q, *self.ranks) >= 1, f"p {self.p}, q {self.q} and ranks {self.ranks} must be positive"
+        )
+        require(self.bounded_ids <= math.prod(self.p) < 2**63, f"p {self.p} does not reach {self.num_ids} ids")
+        require(math.prod(self.q) == self.dim, f"q {self.q} is not {self.dim} numbers")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """A row per digit, of the core's numbers."""
+        (q1, q2, q3), (r1, r2) = self.q, self.ranks
+        return list(zip(self.p, (q1 * r1, r1 * q2 * r2, r2 * q3), strict=True))
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """The digits of the mixed radix, as (id // stride) % modulus."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require, require_hashable
 from embtab.methods.dense import shared_budget
 
 
@@ -38,6 +38,15 @@ class Unified(Encoding):
     def joining(self) -> str:
         """Side by side."""
         return "concat"
+
+    def check(self) -> None:
+        """Chunks divide the vector."""
+        require_hashable(self.num_rows)
+        require(self.seeds and self.dim % len(self.seeds) == 0, f"{len(self.seeds)} seeds do not divide {self.dim}")
+
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """One table for all chunks."""
+        return [(self.num_rows, self.dim // len(self.seeds))] * len(self.seeds)
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """A seed per chunk and the number of rows."""

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from embtab.bundle import plan_of
 from embtab.errors import UserError
-from embtab.planning import Plan
 from embtab.reader import Bundle
 from embtab.serving.stored import Stored
 from embtab.serving.tables import Group, Inputs, ServedTables, _cut, _weights
@@ -162,7 +162,7 @@ def torchrec_collection(bundle: Bundle | str | Path) -> torchrec.quant.Embedding
             width is none that the kernels have.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    plan = Plan.from_dict(opened.plan)
+    plan = plan_of(opened)
     configs, weights = [], {}
     for space, encoding in plan.encodings.items():
         features = [feature for feature in plan.features if feature.space == space]

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embtab.bundle import plan_of
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.methods import Encoding
-from embtab.planning import Plan
 from embtab.reader import Bundle
 from embtab.serving.capture import in_memory
 from embtab.serving.stored import Stored, StoredTable
@@ -75,7 +75,7 @@ class ServedTables(nn.Module):
         self, bundle: Bundle, weighted: bool = False, single: Collection[str] = (), stacked: bool = False
     ) -> None:
         super().__init__()
-        self.plan = Plan.from_dict(bundle.plan)
+        self.plan = plan_of(bundle)
         self.weighted = weighted
         for name in single:
             if name not in bundle.features:

@@ -12,8 +12,9 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
-from embtab.errors import UserError
+from embtab.errors import UserError, shown
 from embtab.files import replaced_file
+from embtab.plan_checks import check_arrays
 from embtab.planning import Plan
 from embtab.torch_files import load_plain
 
@@ -61,7 +62,12 @@ def described(checkpoint: Mapping[str, Any], path: str | Path = "checkpoint") ->
         UserError: when there is none, or it comes from a newer version.
     """
     entry = checkpoint.get("embtab")
-    if not isinstance(entry, dict) or entry.get("format") != 1:
+    if (
+        not isinstance(entry, dict)
+        or entry.get("format") != 1
+        or not isinstance(entry.get("plan", 0), dict | None)
+        or not isinstance(entry.get("about"), dict)
+    ):
         raise UserError(f"{path}: not a checkpoint that this embtab wrote; give one made by `embtab fit`")
     return entry
 
@@ -105,7 +111,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: not a checkpoint made by `embtab fit`")
     described(checkpoint, path)
+    _check_tensors(checkpoint.get("state_dict"), path)
     return checkpoint
+
+
+def _check_tensors(state: Any, path: str | Path) -> None:
+    """Tensors by name, each with all the memory that its shape says (a view may repeat a single number for ever)."""
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint made by `embtab fit` (no state_dict)")
+    for name, tensor in state.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.nbytes > tensor.untyped_storage().nbytes()
+        ):
+            raise UserError(f"{path}: {shown(name)} in state_dict is no whole tensor")
 
 
 def load_tables(
@@ -131,10 +152,31 @@ def load_tables(
         raise UserError(f"{path}: its attention has no tables of its own; leave --part out to export those it shares")
     if made is None:
         raise UserError(f"{path}: its {part} were not made from a plan, so they cannot be rebuilt here")
-    plan = Plan.from_dict(made)
+    own = f"{part}."
+    state = {key.removeprefix(own): value for key, value in checkpoint["state_dict"].items() if key.startswith(own)}
+    try:
+        plan = Plan.from_dict(made)
+        _check_state(plan, state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     is_sequence = any(feature.pooling == "none" for feature in plan.features)
     tables = (EmbeddingCollection if is_sequence else EmbeddingBagCollection)(plan, backend=backend, init_std=None)
-    state: dict[str, Tensor] = checkpoint["state_dict"]
-    own = f"{part}."
-    tables.load_state_dict({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
+    try:
+        tables.load_state_dict(state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: does not hold the tables of its plan: {' '.join(str(error).split())[:300]}") from None
     return tables
+
+
+def _check_state(plan: Plan, state: Mapping[str, Tensor]) -> None:
+    """Holds a plan to the tensors that are there, before it takes memory."""
+    for name, table in plan.tables.items():
+        held = state.get(f"lookup.{name}")
+        if held is None or held.shape != (table.num_rows, table.width):
+            found = "none" if held is None else f"one of {list(held.shape)}"
+            raise UserError(
+                f"table {name!r} should be [{table.num_rows}, {table.width}] by the plan, and there is {found}"
+            )
+    check_arrays(plan.encodings, {name.removeprefix("arrays."): tensor for name, tensor in state.items()})

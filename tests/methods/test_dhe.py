@@ -61,7 +61,7 @@ def test_wide_decoders_read_no_more_hashes_than_asked_for() -> None:
     encoding = dhe(planned("0.5x", 50_000))
     assert encoding.hashes == 128 < encoding.width
     few = dhe(planned("0.5x", 50_000, hashes=32, layers=1))
-    assert (few.hashes, few.shapes()) == (32, [(few.width, 32), (16, few.width)])
+    assert (few.hashes, few.layer_shapes()) == (32, [(few.width, 32), (16, few.width)])
 
 
 def test_a_vector_depends_on_its_id_alone() -> None:
