@@ -1,6 +1,7 @@
 """Checkpoints of sharded runs, what sharding refuses, and plans for machines that are not there."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import sharded
@@ -122,13 +123,14 @@ def test_a_kill_between_any_two_steps_leaves_a_checkpoint(alone, tmp_path, monke
         return False
 
     def save(value: int) -> None:
-        folders.save(path, {"x": torch.full((3,), value)}, {"value": value, "embtab": {"format": 1}})
+        folders.save(path, {"x": torch.full((3,), value)}, {"value": value, "embtab": entry})
 
     def saved() -> int:
         content = read_checkpoint(path)
         assert (content["state_dict"]["x"] == content["value"]).all()
         return content["value"]
 
+    entry: dict[str, Any] = {"format": 1, "plan": None, "about": {}}
     path, value, points = tmp_path / "last.ckpt", 0, 0
     for first, second in product(range(1, 5), range(1, 5)):
         folders._remove(folders._old(path))
@@ -136,7 +138,7 @@ def test_a_kill_between_any_two_steps_leaves_a_checkpoint(alone, tmp_path, monke
         if kind == "folder":
             save(0)
         else:
-            torch.save({"state_dict": {"x": torch.zeros(3)}, "value": 0, "embtab": {"format": 1}}, path)
+            torch.save({"state_dict": {"x": torch.zeros(3)}, "value": 0, "embtab": entry}, path)
         last = 0
         for step, value in ((first, 1), (second, 2)):
             killed = killed_at(step, value)
