@@ -27,7 +27,7 @@ from tqdm import tqdm
 import embtab as et
 from embtab.commands.parser import read_option
 from embtab.planning import Plan
-from embtab.specs import MethodSpec
+from embtab.planning.specs import MethodSpec
 from embtab.training.metrics import auc
 
 DIM, BATCH = 32, 4096

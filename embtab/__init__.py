@@ -22,8 +22,8 @@ The names of this page are what most programs need. What lies behind them:
 - `embtab.sharding`: tables spread over processes.
 - `embtab.learned`: tables that learn their own shape, as `embtab search` does.
 - `embtab.bundle`, `embtab.reader`: tables as files, and how NumPy alone decodes them.
-- `embtab.importing`: dense tables of any origin, into a plan.
-- `embtab.delta`, `embtab.materialise`, `embtab.serving`: bundles as differences, as plain vectors, as programs.
+- `embtab.convert.dense`: dense tables of any origin, into a plan.
+- `embtab.reader.delta`, `embtab.bundle.materialise`, `embtab.serving`: bundles as differences, plain vectors, programs.
 - `embtab.errors`: what may be raised.
 """
 
@@ -37,14 +37,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from embtab.bundle import load, save
-    from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
+    from embtab.convert import from_dense
     from embtab.errors import InfeasibleBudget
     from embtab.features import Feature, read_features
     from embtab.fused import FusedOptimizer, Optimizer, outer_parameters, with_tables
-    from embtab.importing import from_dense
     from embtab.methods import METHODS
     from embtab.planning import Plan, plan
     from embtab.sharding.strategy import TorchRecStrategy
+    from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
     from embtab.training.contract import TableContract
     from embtab.training.data import DataModule
     from embtab.training.task import RankingTask
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 # torch, torchrec and Lightning take seconds to import; each name brings what it needs when it is first used.
 _HOMES = {
     "DataModule": "embtab.training.data",
-    "EmbeddingBagCollection": "embtab.collections",
-    "EmbeddingCollection": "embtab.collections",
+    "EmbeddingBagCollection": "embtab.tables.collections",
+    "EmbeddingCollection": "embtab.tables.collections",
     "Feature": "embtab.features",
     "InfeasibleBudget": "embtab.errors",
     "METHODS": "embtab.methods",
@@ -63,7 +63,7 @@ _HOMES = {
     "RankingTask": "embtab.training.task",
     "TableContract": "embtab.training.contract",
     "TorchRecStrategy": "embtab.sharding.strategy",
-    "from_dense": "embtab.importing",
+    "from_dense": "embtab.convert.dense",
     "load": "embtab.bundle",
     "outer_parameters": "embtab.fused",
     "plan": "embtab.planning",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import embtab as et
-from embtab.auto import effective_ids
 from embtab.errors import UserError
+from embtab.planning.auto import effective_ids
 
 ZIPF = (1e7 / np.arange(1, 100_001)).astype(np.int64)
 

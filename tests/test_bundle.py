@@ -17,14 +17,14 @@ from laws import CASES, EXTREMES, FEATURES, Case, adapted, single_ids
 from safetensors.numpy import load_file
 
 import embtab as et
-from embtab import golden
-from embtab.bundle import torch_answers
-from embtab.bundle_files import read_config, tensor_specs
+from embtab.bundle import golden
+from embtab.bundle.writer import torch_answers
 from embtab.datasets import criteo
 from embtab.errors import UserError
 from embtab.quantise import served
-from embtab.reader import Bundle
-from embtab.signed import BundleError, write_signed
+from embtab.reader import Bundle, BundleError
+from embtab.reader.manifest import write_signed
+from embtab.reader.schema import read_config, tensor_specs
 
 MIXED = next(case for case in CASES if case.name == "mixed")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -183,7 +183,7 @@ def test_a_row_that_cannot_be_stored_is_named_and_nothing_is_written(
 
 
 def test_tables_that_changed_while_being_written_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import embtab.bundle as module
+    import embtab.bundle.writer as module
 
     tables, write = trained(), module._write_tables
 

@@ -54,7 +54,11 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([sys.executable, "-m", "embtab", "build"], capture_output=True, text=True, check=True)
     (cache / "embtab").mkdir()
     printed = [line.split(": ", 1) for line in done.stdout.splitlines()]
-    assert [name for name, _ in printed] == ["embtab.native_loop", "embtab.models.attention", "embtab.models.dice"]
+    assert [name for name, _ in printed] == [
+        "embtab.lookup.native_loop",
+        "embtab.models.attention",
+        "embtab.models.dice",
+    ]
     for _, path in printed:
         shutil.copy(path, cache / "embtab")
     return cache
@@ -161,7 +165,7 @@ def test_loops_for_a_kind_of_processors_are_found_on_others(
 def test_build_says_where_it_cannot_keep_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from embtab import native_loop
+    from embtab.lookup import native_loop
 
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self")
     monkeypatch.setenv("CXX", "no-such-compiler")

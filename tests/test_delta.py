@@ -11,11 +11,12 @@ from laws import CASES, FEATURES, Case, adapted
 from test_reader import mutated, put, sign
 
 import embtab as et
-from embtab import cli, golden
+from embtab import cli
+from embtab.bundle import golden
+from embtab.bundle.delta_writer import save_delta
 from embtab.errors import UserError
-from embtab.reader import Bundle
-from embtab.signed import CONFIG, BundleError
-from embtab.since import save_delta
+from embtab.reader import Bundle, BundleError
+from embtab.reader.manifest import CONFIG
 
 PLAN = et.plan([et.Feature("item", 90), et.Feature("user", 400)], {"item": "dense", "*": "unified"}, "0.6x", dim=4)
 

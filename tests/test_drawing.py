@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from laws import CASES, Bags
 
 import embtab as et
-from embtab.drawing import Draw
 from embtab.errors import UserError
+from embtab.lookup.init import Draw
 from embtab.methods import Table
 from embtab.methods.base import PartInit
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from embtab import fbgemm
-from embtab.fbgemm import FbgemmLookup
 from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
-from embtab.lookup import Request
+from embtab.lookup import fbgemm
+from embtab.lookup.base import Request
+from embtab.lookup.fbgemm import FbgemmLookup
 from embtab.methods import Table
 
 ROWS, WIDTH = 9, 6

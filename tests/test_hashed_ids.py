@@ -11,10 +11,10 @@ import yaml
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
+from embtab.bundle.materialise import materialise
 from embtab.cli import main
+from embtab.convert import from_dense
 from embtab.errors import UserError
-from embtab.importing import from_dense
-from embtab.materialise import materialise
 from embtab.methods import METHODS
 from embtab.reader import Bundle
 

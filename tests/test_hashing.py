@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embtab.decoders import hash_rows as hash_rows_unsigned
 from embtab.hashing import MAX_ROWS, hash_rows, mix64, seed_of
+from embtab.reader.decoders import hash_rows as hash_rows_unsigned
 
 EXTREMES = [0, 1, -1, 2**31, 2**53 + 1, 2**63 - 1, -(2**63)]
 GOLDEN_SEEDS = {"C1": -3587407675255231606, "item": -1888469649977780597}

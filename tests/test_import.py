@@ -20,11 +20,12 @@ from safetensors.numpy import save_file
 from test_reader import put, sign
 
 import embtab as et
-from embtab import cli, fitting
-from embtab.decoders import hash_rows
+from embtab import cli
+from embtab.convert import fit
+from embtab.convert.dense import read_dense, reconstruction_errors
 from embtab.errors import DataError, UserError
-from embtab.importing import read_dense, reconstruction_errors
 from embtab.reader import Bundle
+from embtab.reader.decoders import hash_rows
 
 N, D = 60, 4
 RANDOM = np.random.default_rng(0)
@@ -151,7 +152,7 @@ def test_what_the_method_can_hold_comes_back(method: Any) -> None:
 
 @pytest.mark.parametrize("method", ["dhe", {"name": "multihash", "weighted": True}], ids=str)
 def test_any_other_method_is_fitted_by_descent(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "ADAM_STEPS", 300)
+    monkeypatch.setattr(fit, "ADAM_STEPS", 300)
     groups = np.repeat(RANDOM.standard_normal((20, 16)), 20, axis=0).astype(np.float32)
     plan = planned(method, "0.5x", 400, 16)
     again = et.from_dense({"user": groups}, plan)
@@ -368,10 +369,10 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import embtab as et
-from embtab import fitting, importing
-from embtab.importing import from_dense, read_dense, reconstruction_errors
+from embtab.convert import dense, fit
+from embtab.convert.dense import from_dense, read_dense, reconstruction_errors
 
-fitting.CHUNK = importing.CHUNK = 2**13  # what a chunk needs in between is no part of what is asked here
+fit.CHUNK = dense.CHUNK = 2**13  # what a chunk needs in between is no part of what is asked here
 
 def anonymous():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon"))

@@ -12,8 +12,8 @@ from laws import CASES, DIM, EXTREMES, FEATURES, Bags, Case, adapted, batches, s
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab import reader
 from embtab.errors import UserError
+from embtab.reader import read as reader
 
 BACKENDS = ["torch", "fbgemm", "native"]
 LR = 0.01  # small, because products of parts diverge soon

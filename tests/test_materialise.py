@@ -8,9 +8,9 @@ import torch
 
 import embtab as et
 from embtab import cli
+from embtab.bundle.materialise import materialise
+from embtab.convert.dense import read_dense
 from embtab.errors import UserError
-from embtab.importing import read_dense
-from embtab.materialise import materialise
 from embtab.reader import Bundle
 
 FEATURES = [

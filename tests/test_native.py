@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from laws import CASES, FEATURES, Bags, Case, single_ids
 
 import embtab as et
-from embtab import compiler, native, native_loop
+from embtab import compiler
 from embtab.errors import UserError
 from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
-from embtab.lookup import Joined, Request, TorchLookup
+from embtab.lookup import native, native_loop
+from embtab.lookup.base import Joined, Request, TorchLookup
+from embtab.lookup.native import NativeLookup
 from embtab.methods import Table
 from embtab.methods.base import ARITHMETICS, JOININGS
-from embtab.native import NativeLookup
 
 ROWS, LR, EPS = 9, np.float32(0.1), np.float32(1e-8)
 

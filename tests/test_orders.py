@@ -226,7 +226,7 @@ def test_reads_that_no_backward_needs_keep_no_rows() -> None:
     (case,) = (case for case in CASES if case.name == "qr product")
     pair = Pair(case, "native", "sgd")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embtab.native_loop.Read.save", lambda *_: pytest.fail("rows were copied"))
+        patch.setattr("embtab.lookup.native_loop.Read.save", lambda *_: pytest.fail("rows were copied"))
         losses = []
         for seed in range(3):
             losses.append(squares(pair.fused, batch(seed, weighted=False)))

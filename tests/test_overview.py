@@ -5,7 +5,7 @@ import pytest
 
 import embtab as et
 from embtab.hashing import expected_collisions
-from embtab.overview import outlooks
+from embtab.planning.overview import outlooks
 
 
 def counted(plan: et.Plan, num_ids: int) -> int:

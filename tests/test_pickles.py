@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import embtab as et
 from embtab import cli
+from embtab.convert.dense import read_dense
 from embtab.errors import UserError
-from embtab.importing import read_dense
 from embtab.learned.stages import read as read_stage
 from embtab.sharding import checkpoint as folders
 from embtab.training.checkpoint import description, load_tables, read_checkpoint

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import embtab as et
 from embtab.errors import UserError
-from embtab.plan_checks import check_plan
+from embtab.planning.checks import check_plan
 from embtab.reader import Bundle
 from embtab.serving.quantised import QuantisedTables
 from embtab.serving.tables import ServedTables

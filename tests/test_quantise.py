@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as npst
 import embtab as et
 from embtab.errors import UserError
 from embtab.quantise import dequantise, quantise, served
-from embtab.rows import decoded_rows
+from embtab.reader.packed_rows import decoded_rows
 
 rows_of_floats = npst.arrays(
     np.float32,

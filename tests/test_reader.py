@@ -21,9 +21,9 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab import golden
-from embtab.reader import Bundle
-from embtab.signed import BundleError, config_digest, file_digest
+from embtab.bundle import golden
+from embtab.reader import Bundle, BundleError
+from embtab.reader.manifest import config_digest, file_digest
 
 FEATURES = [et.Feature("colour", 3), et.Feature("item", 90, pooling="mean"), et.Feature("user", 400)]
 PLAN = et.plan(FEATURES, {"colour": "dense", "item": "qr", "*": "unified"}, "0.4x", dim=4, precision="int8")
@@ -428,7 +428,7 @@ def test_saving_asks_for_all_golden_vectors_together(kind, tmp_path: Path, monke
     et.save(tables, tmp_path / "bundle")
     assert len(batches) == (3 if kind is et.EmbeddingBagCollection else 1)
     tables.lookup.stack(16)[3, 2] += 0.1
-    monkeypatch.setattr("embtab.bundle._write_tables", lambda tables, plan, folder, _: copied(tmp_path, folder))
+    monkeypatch.setattr("embtab.bundle.writer._write_tables", lambda tables, plan, folder, _: copied(tmp_path, folder))
     with pytest.raises(et.errors.UserError, match="feature 'f0': what was written does not give the vectors"):
         et.save(tables, tmp_path / "other")
 

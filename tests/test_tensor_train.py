@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from embtab.tensor_train import fit_cores
+from embtab.convert.tt_svd import fit_cores
 
 P, Q = (5, 4, 6), (2, 2, 4)
 N, D = 113, 16  # fewer ids than 5 x 4 x 6

@@ -10,8 +10,8 @@ from laws import CASES, DIM, FEATURES, Case, adapted, tables_of
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab import reader
 from embtab.errors import UserError
+from embtab.reader import read as reader
 
 BACKENDS = ["torch", "fbgemm", "native"]
 NAMES = [feature.name for feature in FEATURES]

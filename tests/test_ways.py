@@ -9,9 +9,9 @@ from laws import CASES, DIM, FEATURES, Case
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab import ways
-from embtab.distinct import distinct, gathered
 from embtab.errors import UserError
+from embtab.tables import dispatch as ways
+from embtab.tables.dedup import distinct, gathered
 
 ROWS = 6
 NAMES = [feature.name for feature in FEATURES]
@@ -63,7 +63,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> None:
         tables_ways.extend(found)
         return found
 
-    monkeypatch.setattr("embtab.collections.ways_of", ways_of)
+    monkeypatch.setattr("embtab.tables.collections.ways_of", ways_of)
 
 
 def plainly(cut, blocks, pools, stacked) -> list[ways.Way]:
@@ -80,7 +80,7 @@ def test_every_way_gives_the_same_vectors_and_the_same_training(
     results = [trained(case, kind, seen)]
     monkeypatch.setattr(ways, "DISTINCT_FROM", 1)
     results.append(trained(case, kind, seen))
-    monkeypatch.setattr("embtab.collections.ways_of", plainly)
+    monkeypatch.setattr("embtab.tables.collections.ways_of", plainly)
     plain = trained(case, kind, set())
     for result in results:
         for mine, other in zip(result, plain, strict=True):
@@ -125,7 +125,7 @@ def test_the_keys_of_a_batch_may_come_in_any_order_and_among_others(kind, distin
     with torch.no_grad():
         found = tables.vectors(KeyedJaggedTensor(keys, values, lengths=counts))
         torch.testing.assert_close(found, tables.vectors(given))
-        monkeypatch.setattr("embtab.collections.ways_of", plainly)
+        monkeypatch.setattr("embtab.tables.collections.ways_of", plainly)
         torch.testing.assert_close(found, tables.vectors(given))
 
 

@@ -19,13 +19,13 @@ from embtab.bench.report import Result, result
 from embtab.bench.settings import Settings
 from embtab.bench.timing import Arm, Stopwatch, Times, alternate
 from embtab.bench.workload import Case, draw
-from embtab.collections import EmbeddingCollection
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.models.dare import DARE
 from embtab.models.events import Events, top_events
 from embtab.planning import plan
 from embtab.plotting import pyplot, save_figure
+from embtab.tables import EmbeddingCollection
 
 ITEMS = 200_000
 TOP_K = 20

@@ -16,12 +16,12 @@ from embtab.bench.lookups import make_tables
 from embtab.bench.timing import Arm, Stopwatch
 from embtab.bench.workload import Case, numeric
 from embtab.bundle import save
-from embtab.collections import EmbeddingBagCollection
 from embtab.errors import UserError
 from embtab.reader import Bundle
 from embtab.serving.exported import kind_of
 from embtab.serving.quantised import QuantisedTables
 from embtab.serving.ranker import Ranker
+from embtab.tables import EmbeddingBagCollection
 
 FORMS = ("onnx", "onnx+int8", "aoti", "aoti+int8", "quantised")
 PLAIN = "nn.Embedding"

@@ -13,13 +13,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embtab.bench.lookups import LR, TORCH, make_tables, read_arm
 from embtab.bench.timing import Arm, Stopwatch
 from embtab.bench.workload import Case, draw, numeric
-from embtab.collections import EmbeddingCollection
 from embtab.datasets.reader import Batch
 from embtab.features import Feature
 from embtab.fused import Optimizer
 from embtab.models.autoint import AutoInt
 from embtab.models.din import DIN
 from embtab.planning import plan
+from embtab.tables import EmbeddingCollection
 from embtab.training.sequence_task import SequenceTask
 from embtab.training.task import RankingTask
 

@@ -12,8 +12,8 @@ def add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from embtab import native_loop
     from embtab.errors import UserError
+    from embtab.lookup import native_loop
     from embtab.models import attention, dice
 
     for module in (native_loop, attention, dice):

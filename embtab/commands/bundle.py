@@ -12,8 +12,8 @@ from embtab.errors import UserError
 from embtab.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from embtab.collections import EmbeddingBagCollection
     from embtab.reader import Bundle
+    from embtab.tables import EmbeddingBagCollection
 
 __all__ = ["add_export", "add_import", "add_inspect", "add_verify"]
 
@@ -78,7 +78,7 @@ def _quality(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from embtab.signed import CONFIG
+    from embtab.reader.manifest import CONFIG
 
     is_bundle = (arguments.source / CONFIG).is_file()
     if arguments.part and (is_bundle or arguments.format != "bundle"):
@@ -99,8 +99,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _export_delta(arguments: argparse.Namespace, is_bundle: bool) -> None:
-    from embtab.bundle import refuse_existing
-    from embtab.since import save_delta
+    from embtab.bundle.delta_writer import save_delta
+    from embtab.bundle.writer import refuse_existing
     from embtab.training.checkpoint import described, load_tables, read_checkpoint
 
     given = (
@@ -124,7 +124,8 @@ def _export_delta(arguments: argparse.Namespace, is_bundle: bool) -> None:
 
 
 def _export_program(arguments: argparse.Namespace, is_bundle: bool) -> None:
-    from embtab.bundle import refuse_existing, save
+    from embtab.bundle import save
+    from embtab.bundle.writer import refuse_existing
     from embtab.files import hidden
     from embtab.reader import Bundle
     from embtab.serving.exported import export
@@ -167,7 +168,7 @@ def _single(named: Sequence[str], bundle: Bundle) -> list[str]:
 
 
 def _export_vectors(arguments: argparse.Namespace, is_bundle: bool) -> None:
-    from embtab.materialise import materialise
+    from embtab.bundle.materialise import materialise
     from embtab.reader import Bundle
 
     if not is_bundle:
@@ -178,7 +179,8 @@ def _export_vectors(arguments: argparse.Namespace, is_bundle: bool) -> None:
 
 
 def _export_bundle(arguments: argparse.Namespace) -> None:
-    from embtab.bundle import refuse_existing, save
+    from embtab.bundle import save
+    from embtab.bundle.writer import refuse_existing
     from embtab.datasets.schema import Dataset
     from embtab.training.checkpoint import check_data, described, load_tables, read_checkpoint
 
@@ -245,10 +247,12 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from embtab.bundle import load, refuse_existing, save
+    from embtab.bundle import load, save
+    from embtab.bundle.writer import refuse_existing
     from embtab.commands.parser import read_option
+    from embtab.convert import from_dense
+    from embtab.convert.dense import features_of, read_dense, reconstruction_errors
     from embtab.features import id_spaces
-    from embtab.importing import features_of, from_dense, read_dense, reconstruction_errors
     from embtab.planning import plan
 
     refuse_existing(arguments.out, arguments.overwrite)
@@ -279,8 +283,8 @@ def _under_its_ranker(
     arguments: argparse.Namespace, tables: EmbeddingBagCollection
 ) -> tuple[EmbeddingBagCollection, dict[str, float]]:
     """The tables, fine-tuned where asked for, and their test AUC beside that of the ranker's own."""
+    from embtab.convert.fine_tune import auc_of, fine_tuned
     from embtab.serving.ranker import load_trained
-    from embtab.transplant import auc_of, fine_tuned
 
     trained = load_trained(arguments.ranker, arguments.config)
     if trained.attention is not None:

@@ -35,8 +35,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from embtab.features import read_features
-    from embtab.overview import describe, outlooks
     from embtab.planning import plan
+    from embtab.planning.overview import describe, outlooks
 
     options = dict(read_option(text) for text in arguments.option)
     features = read_features(arguments.dir)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from embtab.errors import UserError
 
 if TYPE_CHECKING:
-    from embtab.golden import Answer
+    from embtab.bundle.golden import Answer
     from embtab.reader import Bundle
 
 
@@ -32,7 +32,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     if _is_program(arguments.bundle) and not arguments.delta:
         _verify_program(arguments.bundle)
         return
-    from embtab import golden
+    from embtab.bundle import golden
     from embtab.reader import Bundle
 
     opened = Bundle(arguments.bundle, deltas=arguments.delta)
@@ -48,7 +48,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _is_program(path: Path) -> bool:
     """Whether config.json says that it describes an exported program; whoever opens it checks that."""
-    from embtab.signed import CONFIG, MAX_JSON
+    from embtab.reader.manifest import CONFIG, MAX_JSON
 
     config = path / CONFIG
     if not config.is_file() or config.stat().st_size > MAX_JSON:
@@ -69,11 +69,12 @@ def _verify_program(path: Path) -> None:
 
 def _decoders(opened: Bundle) -> dict[str, Answer]:
     """Everything here that can decode the bundle."""
-    from embtab.bundle import load, torch_answers
-    from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
-    from embtab.golden import reader_answers
+    from embtab.bundle import load
+    from embtab.bundle.golden import reader_answers
+    from embtab.bundle.writer import torch_answers
     from embtab.serving.exported import eager, golden_answers, program_inside
     from embtab.serving.quantised import QuantisedTables
+    from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
 
     deltas = [delta.path for delta in opened.deltas]
     sequences = any(entry["pooling"] == "none" for entry in opened.plan["features"])

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embtab.collections import EmbeddingBagCollection
 from embtab.datasets.drift import seen_counts
 from embtab.datasets.reader import ParquetBatches
 from embtab.hashing import mix64
+from embtab.tables import EmbeddingBagCollection
 from embtab.training import metrics
 
 UNKNOWN = np.iinfo(np.int64).max

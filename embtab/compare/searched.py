@@ -15,7 +15,7 @@ from typing import Any
 import embtab.learned
 from embtab.compare.sweep import Cell, Sweep
 from embtab.compare.train import MeasuredTask, make_trainer, measured, quieten
-from embtab.specs import MethodSpec, by_feature, named
+from embtab.planning.specs import MethodSpec, by_feature, named
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
 

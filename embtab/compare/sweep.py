@@ -16,7 +16,7 @@ import yaml
 from embtab.errors import UserError
 from embtab.methods import METHODS
 from embtab.planning import Plan
-from embtab.specs import MethodSpec, by_feature, named
+from embtab.planning.specs import MethodSpec, by_feature, named
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import embtab.models
-from embtab.collections import EmbeddingBagCollection
 from embtab.compare import measure
 from embtab.compare.statistics import resampled_auc
 from embtab.compare.sweep import Sweep
@@ -22,6 +21,7 @@ from embtab.errors import UserError
 from embtab.files import scratch
 from embtab.fused import Optimizer, outer_parameters
 from embtab.planning import Plan
+from embtab.tables import EmbeddingBagCollection
 from embtab.threads import one_thread
 from embtab.training import metrics
 from embtab.training.checkpoint import WholeFiles

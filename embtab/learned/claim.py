@@ -21,8 +21,8 @@ from embtab.learned.registry import make
 from embtab.learned.stages import Stages
 from embtab.learned.training import Data
 from embtab.methods import Spec
+from embtab.planning.specs import MethodSpec
 from embtab.sizes import parse_bytes
-from embtab.specs import MethodSpec
 
 
 def settings(

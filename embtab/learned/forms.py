@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtab.collections import EmbeddingBagCollection
 from embtab.features import Feature, id_spaces
 from embtab.methods.base import Solution, Spec, infeasible
 from embtab.methods.dense import dense_solution
 from embtab.methods.pruned import Pruned, pruned_solution
 from embtab.methods.sparse import FORMS, Sparse, sparse_solution
 from embtab.planning import Plan
+from embtab.tables import EmbeddingBagCollection
 
 Masks = Mapping[str, np.ndarray]
 """Entries kept, bool [num_ids, D] by id space."""

@@ -11,7 +11,7 @@ from embtab.learned.magnitude import Magnitude
 from embtab.learned.method import Learned
 from embtab.learned.optembed import OptEmbed
 from embtab.learned.pep import PEP
-from embtab.specs import MethodSpec, named
+from embtab.planning.specs import MethodSpec, named
 
 LEARNED: dict[str, type[Learned]] = {
     "magnitude": Magnitude,

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save
 
 from embtab.bundle import save as save_bundle
-from embtab.collections import EmbeddingBagCollection
 from embtab.compare.sweep import Sweep
 from embtab.files import replaced_file, scratch, write_text
 from embtab.learned.claim import claim, make_lab, options_of, settings_of
@@ -26,7 +25,8 @@ from embtab.learned.stages import State
 from embtab.learned.supernet import Gate, Masked, joined
 from embtab.learned.training import Training, measure
 from embtab.planning import Plan
-from embtab.specs import MethodSpec
+from embtab.planning.specs import MethodSpec
+from embtab.tables import EmbeddingBagCollection
 from embtab.threads import one_thread
 
 

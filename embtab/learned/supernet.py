@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embtab.blocks import per_bag
-from embtab.collections import EmbeddingBagCollection
-from embtab.cut import Cut
 from embtab.features import Feature, id_spaces
 from embtab.fused import Optimizer
 from embtab.planning import plan
+from embtab.tables import EmbeddingBagCollection
+from embtab.tables.batch import Cut
+from embtab.tables.blocks import per_bag
 
 
 class Gate(nn.Module):

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from embtab.collections import EmbeddingBagCollection
 from embtab.compare.sweep import Sweep
 from embtab.compare.train import make_model
 from embtab.datasets.reader import Batch, ParquetBatches
@@ -28,6 +27,7 @@ from embtab.features import read_features
 from embtab.fused import Optimizer
 from embtab.learned.stages import State
 from embtab.learned.supernet import Gate, Supernet
+from embtab.tables import EmbeddingBagCollection
 from embtab.training.culprit import REMEDY, culprit, not_finite
 from embtab.training.metrics import evaluate
 

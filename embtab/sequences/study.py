@@ -18,7 +18,7 @@ from torch import nn
 from embtab.compare.sweep import label
 from embtab.errors import UserError
 from embtab.models import DARE, SEQUENCE_MODELS
-from embtab.specs import MethodSpec
+from embtab.planning.specs import MethodSpec
 
 TASK = "sequences"
 """The `task` that a configuration of this kind names."""

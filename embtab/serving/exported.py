@@ -21,15 +21,16 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from embtab import __version__, golden
-from embtab.bundle_files import check_finite, map_tensors
+from embtab import __version__
+from embtab.bundle import golden
 from embtab.errors import UserError
 from embtab.files import new_folder
-from embtab.reader import Bundle
+from embtab.reader import Bundle, BundleError
+from embtab.reader.manifest import CONFIG, check_files, need, read_signed, refused, write_signed
+from embtab.reader.schema import check_finite, map_tensors
 from embtab.serving.inputs import ONE_MORE, check, check_bags, check_ids, empty
 from embtab.serving.ranker import Ranker
 from embtab.serving.tables import ServedTables
-from embtab.signed import CONFIG, BundleError, check_files, need, read_signed, refused, write_signed
 
 FORMAT, VERSION = "embtab-program", 1
 ABSOLUTE, RELATIVE = 1e-6, 1e-5

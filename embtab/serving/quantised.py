@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embtab.bundle import plan_of
+from embtab.bundle.writer import plan_of
 from embtab.errors import UserError
 from embtab.reader import Bundle
 from embtab.serving.stored import Stored

@@ -19,11 +19,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.errors import UserError
 from embtab.models.events import Events
 from embtab.reader import Bundle
 from embtab.serving.tables import Inputs, ServedTables
+from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
 from embtab.training.checkpoint import described, load_tables, read_checkpoint
 from embtab.training.layout import Layout
 from embtab.training.trust import allowed, imported

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embtab.rows import Rows
+from embtab.reader.packed_rows import Rows
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtab.bundle import plan_of
+from embtab.bundle.writer import plan_of
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.methods import Encoding

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embtab.fbgemm import without_padding
 from embtab.fused import Optimizer
-from embtab.lookup import Request
+from embtab.lookup.base import Request
+from embtab.lookup.fbgemm import without_padding
 
 Place = tuple[int, int]
 """A request and one of its slots, by position."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from embtab.errors import UserError
 from embtab.fused import Optimizer
-from embtab.lookup import padded
+from embtab.lookup.base import padded
 from embtab.sharding.placement import KINDS, row_bytes
 
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
-from embtab.drawing import BLOCK, Draw
 from embtab.errors import UserError
-from embtab.fbgemm import scale_of
 from embtab.fused import FusedOptimizer, Optimizer
-from embtab.lookup import Lookup, Request, padded
+from embtab.lookup.base import Lookup, Request, padded
+from embtab.lookup.fbgemm import scale_of
+from embtab.lookup.init import BLOCK, Draw
 from embtab.methods import Encoding, Table
 from embtab.sharding.adaptive import everyones, reorganise
 from embtab.sharding.batches import Questions, slots_of

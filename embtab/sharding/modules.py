@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from embtab.errors import UserError
-from embtab.lookup import padded
+from embtab.lookup.base import padded
 from embtab.methods import Table
 from embtab.sharding.placement import Kinds, codes
 

@@ -21,10 +21,10 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from embtab.collections import EmbeddingBagCollection
 from embtab.errors import UserError
-from embtab.lookup import Request
+from embtab.lookup.base import Request
 from embtab.sharding.batches import Questions
+from embtab.tables import EmbeddingBagCollection
 
 
 class Sent(list[Request], Pipelineable):

@@ -19,7 +19,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from embtab.errors import UserError
 from embtab.fused import Optimizer
-from embtab.lookup import padded
+from embtab.lookup.base import padded
 from embtab.methods import Table
 from embtab.sizes import format_bytes
 

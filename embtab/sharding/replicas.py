@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embtab.fused import FusedOptimizer
-from embtab.lookup import Request, TorchLookup
+from embtab.lookup.base import Request, TorchLookup
 from embtab.methods import Table
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embtab.drawing import BLOCK
-from embtab.lookup import padded
+from embtab.lookup.base import padded
+from embtab.lookup.init import BLOCK
 from embtab.methods import Table
 from embtab.quantise import served
 

@@ -16,18 +16,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.errors import UserError
-from embtab.fbgemm import FbgemmLookup
-from embtab.lookup import slot
-from embtab.native import NativeLookup
+from embtab.lookup.base import slot
+from embtab.lookup.fbgemm import FbgemmLookup
+from embtab.lookup.meta import Unmade
+from embtab.lookup.native import NativeLookup
 from embtab.planning import Plan
 from embtab.sharding import checkpoint as folders
 from embtab.sharding.lookup import ShardedLookup
 from embtab.sharding.pipeline import LookAhead, Through
 from embtab.sharding.placement import kinds
+from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
 from embtab.training.data import Epochs
-from embtab.unmade import Unmade
 
 Collection = EmbeddingBagCollection | EmbeddingCollection
 _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "ncclremoteerror")

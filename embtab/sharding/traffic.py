@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.features import Feature
 from embtab.fused import Optimizer
 from embtab.planning import plan
 from embtab.sharding.strategy import shard
+from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
 
 
 @contextmanager

@@ -11,11 +11,11 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from embtab.collections import EmbeddingBagCollection, EmbeddingCollection
 from embtab.errors import UserError, shown
 from embtab.files import replaced_file
-from embtab.plan_checks import check_arrays
 from embtab.planning import Plan
+from embtab.planning.checks import check_arrays
+from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
 from embtab.torch_files import load_plain
 
 _PACKAGES = ("embtab", "torch", "fbgemm-gpu", "torchrec", "lightning")

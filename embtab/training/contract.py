@@ -14,9 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from embtab.collections import Collection
 from embtab.errors import UserError
 from embtab.fused import fused_optimizers
+from embtab.tables.collections import Collection
 from embtab.training.strategies import NAMES
 
 _OUTSIDE = 'or train the tables by an optimizer outside, with backend="torch"'

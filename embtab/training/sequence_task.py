@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embtab.collections import EmbeddingCollection
 from embtab.datasets.histories import SPACES
 from embtab.datasets.reader import Batch
 from embtab.datasets.schema import Dataset
@@ -20,6 +19,7 @@ from embtab.models.dare import DARE
 from embtab.models.din import DIN
 from embtab.models.events import Events
 from embtab.planning import plan
+from embtab.tables import EmbeddingCollection
 from embtab.training.layout import Layout, Vectors
 from embtab.training.regularise import id_counts, minibatch_l2
 from embtab.training.schedule import Schedule

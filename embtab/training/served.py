@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from embtab.collections import Collection
+from embtab.tables.collections import Collection
 
 
 class ServedRows(L.Callback):

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from embtab.collections import Collection, EmbeddingBagCollection
 from embtab.datasets.reader import Batch
 from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
@@ -24,6 +23,8 @@ from embtab.features import read_features
 from embtab.fused import Optimizer, outer_parameters, with_tables
 from embtab.models.autoint import AutoInt
 from embtab.planning import Plan, plan
+from embtab.tables import EmbeddingBagCollection
+from embtab.tables.collections import Collection
 from embtab.training import metrics
 from embtab.training.checkpoint import check_data, described, description
 from embtab.training.contract import TableContract

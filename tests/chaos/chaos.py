@@ -24,8 +24,14 @@ FORKS.set_forkserver_preload(
     [
         *("embtab.training.cli", "embtab.compare.run", "embtab.compare.train", "embtab.compare.searched"),
         *("embtab.learned.grid", "embtab.sequences.run", "embtab.sequences.train", "embtab.commands.plan"),
-        *("embtab.bundle", "embtab.since", "embtab.materialise", "embtab.serving.exported", "embtab.serving.ranker"),
-        *("embtab.importing", "embtab.transplant", "embtab.datasets.synthetic", "embtab.datasets.criteo"),
+        *(
+            "embtab.bundle",
+            "embtab.bundle.delta_writer",
+            "embtab.bundle.materialise",
+            "embtab.serving.exported",
+            "embtab.serving.ranker",
+        ),
+        *("embtab.convert.dense", "embtab.convert.fine_tune", "embtab.datasets.synthetic", "embtab.datasets.criteo"),
         *("embtab.datasets.movielens", "embtab.datasets.table", "embtab.datasets.sequences"),
     ]
 )

@@ -15,7 +15,6 @@ import torch
 import embtab.compare.report
 import embtab.compare.train
 import embtab.compare.workers
-from embtab.collections import EmbeddingBagCollection
 from embtab.compare.run import compare, seconds_left
 from embtab.compare.statistics import mean_interval
 from embtab.compare.sweep import Sweep, label, read_sweep
@@ -26,6 +25,7 @@ from embtab.features import read_features
 from embtab.files import locked
 from embtab.planning import plan
 from embtab.quantise import served
+from embtab.tables import EmbeddingBagCollection
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import embtab as et
-from embtab import golden
+from embtab.bundle import golden
 from embtab.reader import Bundle
 
 SOURCE = Path(__file__).with_name("check.cpp")

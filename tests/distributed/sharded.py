@@ -283,7 +283,7 @@ def bundle(tables: Any, folder: Path, patch: pytest.MonkeyPatch, precision: str 
         def now(cls, *_: Any) -> Noon:
             return cls(2026, 1, 1, 12)
 
-    patch.setattr("embtab.bundle.datetime", Noon)
+    patch.setattr("embtab.bundle.writer.datetime", Noon)
     et.save(tables, folder, precision=precision)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -18,7 +18,7 @@ from fuzzing.mutations import _places, pick
 from numpy.random import Generator
 
 from embtab.errors import UserError
-from embtab.signed import CONFIG, write_signed
+from embtab.reader.manifest import CONFIG, write_signed
 
 SECONDS, BYTES = 2.0, 2**30
 

@@ -6,8 +6,8 @@ import torch
 from laws import CASES, EXTREMES, Bags, Case, tables_of
 
 import embtab as et
-from embtab import reader
 from embtab.hashing import hash_rows, seed_of
+from embtab.reader import read as reader
 
 pytestmark = [
     pytest.mark.gpu,

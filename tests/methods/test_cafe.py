@@ -11,9 +11,10 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab import decoders, reader
 from embtab.errors import UserError
 from embtab.methods.cafe import CAFE
+from embtab.reader import decoders
+from embtab.reader import read as reader
 
 N = 5000
 

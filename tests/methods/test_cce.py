@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from laws import single_ids, tables_of
 
 import embtab as et
-from embtab import decoders
 from embtab.errors import UserError
 from embtab.kmeans import group_means, kmeans, nearest
 from embtab.methods.cce import CCE
+from embtab.reader import decoders
 
 CRITEO_LARGE = [10131227, 2202608, 8351593, 5461306, 7046547, 286181, 142572]
 

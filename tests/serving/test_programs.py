@@ -26,12 +26,11 @@ from embtab.models.autoint import AutoInt
 from embtab.models.dare import DARE
 from embtab.models.din import DIN
 from embtab.models.events import ranks
-from embtab.reader import Bundle
+from embtab.reader import Bundle, BundleError
 from embtab.serving import exported
 from embtab.serving.exported import Program
 from embtab.serving.ranker import Ranker
 from embtab.serving.tables import ServedTables
-from embtab.signed import BundleError
 from embtab.training.checkpoint import description
 from embtab.training.sequence_task import SequenceTask
 

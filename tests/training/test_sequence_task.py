@@ -14,7 +14,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 from embtab import cli
-from embtab.collections import EmbeddingCollection
 from embtab.datasets import long_histories
 from embtab.datasets.reader import Batch, ParquetBatches
 from embtab.errors import UserError
@@ -24,6 +23,7 @@ from embtab.models import DARE, DIN, MeanPool
 from embtab.planning import plan
 from embtab.quantise import served
 from embtab.reader import Bundle
+from embtab.tables import EmbeddingCollection
 from embtab.training.checkpoint import load_tables
 from embtab.training.data import DataModule
 from embtab.training.layout import Layout

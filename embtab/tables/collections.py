@@ -25,20 +25,20 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embtab.blocks import Arrays, Block, bases_of, make_blocks
 from embtab.compiler import compiler
-from embtab.cut import Cut
-from embtab.drawing import Draw, generator
 from embtab.errors import UserError, shown
 from embtab.features import Feature
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.hashing import seed_of
-from embtab.lookup import Lookup, Request, make_lookup, usable_device
+from embtab.lookup.base import Lookup, Request, make_lookup, usable_device
+from embtab.lookup.init import Draw, generator
+from embtab.lookup.meta import Unmade
 from embtab.methods import Encoding
 from embtab.planning import Plan
-from embtab.reminder import Reminder
-from embtab.unmade import Unmade
-from embtab.ways import JoinedRows, PerDistinctId, Way, joins, once, ways_of
+from embtab.tables.batch import Cut
+from embtab.tables.blocks import Arrays, Block, bases_of, make_blocks
+from embtab.tables.dispatch import JoinedRows, PerDistinctId, Way, joins, once, ways_of
+from embtab.tables.reminder import Reminder
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Reads tables with NumPy alone: the oracle of the tests, and the template for a port to another language.
 
 Given a plan as plain data (`Plan.to_dict`) and the physical tables as arrays, `vectors` gives the vector of each id and
-`lookup` pools them over bags; a `Bundle` does both from a folder. The methods themselves are in `embtab.decoders`.
+`lookup` pools them over bags; a `Bundle` does both from a folder. The methods are in `embtab.reader.decoders`.
 
     N ids   B bags   D dimension   R rows of a physical table   W its width
 """
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from embtab.bundle_files import check_finite, map_tensors, open_tensors, read_config
-from embtab.decoders import DECODERS, Tables
-from embtab.delta import applied
-from embtab.rows import Rows
-from embtab.signed import BundleError, check_files
+from embtab.reader.decoders import DECODERS, Tables
+from embtab.reader.delta import applied
+from embtab.reader.manifest import BundleError, check_files
+from embtab.reader.packed_rows import Rows
+from embtab.reader.schema import check_finite, map_tensors, open_tensors, read_config
 
 VOCABULARY = "vocabulary.safetensors"
 

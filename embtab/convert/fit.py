@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from embtab.convert.tt_svd import fit_cores
 from embtab.kmeans import kmeans, nearest
 from embtab.methods import Encoding
-from embtab.tensor_train import fit_cores
 
 CHUNK = 2**17  # ids composed at a time
 CG_STEPS = 200
@@ -235,7 +235,7 @@ def alternate(targets: Sequence[Target], tables: Tables, generator: np.random.Ge
 
 
 def tensor_trains(targets: Sequence[Target], tables: Tables, generator: np.random.Generator) -> None:
-    """Each space's cores, see `embtab.tensor_train`."""
+    """Each space's cores, see `embtab.convert.tt_svd`."""
     for target in targets:
         e: Any = target.encoding
         cores = fit_cores(target.dense, target.weights, e.p, e.q, e.ranks)

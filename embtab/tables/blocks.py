@@ -11,13 +11,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from embtab.cut import Cut
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.lookup import Lookup, Request, slot
+from embtab.lookup.base import Lookup, Request, slot
+from embtab.lookup.named_state import NamedState, Place, at, planted
 from embtab.methods import Encoding
 from embtab.planning import Plan
-from embtab.state import NamedState, Place, at, planted
+from embtab.tables.batch import Cut
 
 
 class Arrays(NamedState):

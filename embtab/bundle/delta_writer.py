@@ -10,14 +10,15 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from embtab import __version__, golden
-from embtab.bundle import save
-from embtab.collections import Collection
-from embtab.delta import CHANGES, FORMAT, VERSION, changes, described
+from embtab import __version__
+from embtab.bundle import golden
+from embtab.bundle.writer import save
 from embtab.errors import UserError
 from embtab.files import hidden, new_folder
 from embtab.reader import Bundle
-from embtab.signed import write_signed
+from embtab.reader.delta import CHANGES, FORMAT, VERSION, changes, described
+from embtab.reader.manifest import write_signed
+from embtab.tables.collections import Collection
 
 
 def save_delta(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import Feature
 from embtab.methods import METHODS
-from embtab.planning import Plan, plan
+from embtab.planning.planner import Plan, plan
 from embtab.sizes import format_bytes
 
 

@@ -21,17 +21,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from embtab import __version__, card, files, golden
-from embtab.bundle_files import FORMAT, VERSION, open_tensors, read_config, tensor_specs
-from embtab.collections import Collection, EmbeddingBagCollection
+from embtab import __version__, files
+from embtab.bundle import card, golden
+from embtab.bundle.vocabulary import Vocabulary, vocabulary_tensors
 from embtab.errors import UserError
 from embtab.methods import PRECISIONS, Table
-from embtab.plan_checks import check_arrays
 from embtab.planning import Plan
+from embtab.planning.checks import check_arrays
 from embtab.quantise import quantise
-from embtab.reader import VOCABULARY, Bundle, physical
-from embtab.signed import CONFIG, write_signed
-from embtab.vocabulary import Vocabulary, vocabulary_tensors
+from embtab.reader import Bundle
+from embtab.reader.manifest import CONFIG, write_signed
+from embtab.reader.read import VOCABULARY, physical
+from embtab.reader.schema import FORMAT, VERSION, open_tensors, read_config, tensor_specs
+from embtab.tables import EmbeddingBagCollection
+from embtab.tables.collections import Collection
 
 PROGRAM = "tables.onnx"
 MAX_FILE_BYTES = 2_000_000_000

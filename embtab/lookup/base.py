@@ -8,7 +8,7 @@ But for the last of them tables of one width are stacked into one matrix, and a 
 by `base`. One call then serves every table of that width, whatever the number of bags, and a batch of any shape is one
 kernel launch a width. (Measured for 26 tables of 100k rows x 16, batch 4096, uniform ids, one thread: forward, backward
 and update take 0.62 of the time of the same kernel with 26 separate tables; two chunks of width 8 in one table 0.57.)
-Further backends are in `embtab.fbgemm`, `embtab.native` and, where tables are spread over processes,
+Further backends are in `embtab.lookup.fbgemm`, `embtab.lookup.native` and, where tables are spread over processes,
 `embtab.sharding.lookup`.
 """
 
@@ -25,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embtab.drawing import Draw
 from embtab.errors import UserError
 from embtab.fused import FusedOptimizer, Optimizer
+from embtab.lookup.init import Draw
+from embtab.lookup.named_state import NamedState, Place, at, planted
 from embtab.methods import Encoding, Table
 from embtab.methods.base import LiveTable
 from embtab.quantise import served
-from embtab.state import NamedState, Place, at, planted
 
 
 @dataclass(frozen=True)
@@ -478,11 +478,11 @@ def make_lookup(
         UserError: for an unknown backend, or a table optimizer with the torch backend.
     """
     if backend == "fbgemm":
-        from embtab.fbgemm import FbgemmLookup
+        from embtab.lookup.fbgemm import FbgemmLookup
 
         return FbgemmLookup(tables, device, FusedOptimizer(optimizer or Optimizer()))
     if backend == "native":
-        from embtab.native import NativeLookup, check_device
+        from embtab.lookup.native import NativeLookup, check_device
 
         check_device(torch.device(device))
         return NativeLookup(tables, FusedOptimizer(optimizer or Optimizer()))

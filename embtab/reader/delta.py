@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from embtab.bundle_files import check_finite, map_tensors
-from embtab.signed import CONFIG, BundleError, check_files, is_int, need, read_signed, refused
+from embtab.reader.manifest import CONFIG, BundleError, check_files, is_int, need, read_signed, refused
+from embtab.reader.schema import check_finite, map_tensors
 
 FORMAT, VERSION = "embtab-delta", 1
 CHANGES = "changes.safetensors"

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtab.bundle_files import map_tensors
-from embtab.collections import Collection, EmbeddingBagCollection
+from embtab.convert.fit import CHUNK, Target, fit
 from embtab.errors import DataError, UserError
 from embtab.features import Feature, id_spaces, read_features
-from embtab.fitting import CHUNK, Target, fit
 from embtab.planning import Plan
-from embtab.signed import BundleError
+from embtab.reader import BundleError
+from embtab.reader.schema import map_tensors
+from embtab.tables import EmbeddingBagCollection
+from embtab.tables.collections import Collection
 
 PARQUET_ROWS = 8192  # read at a time
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin", ".model")
@@ -55,7 +56,7 @@ def from_dense(weights: Dense, plan: Plan, backend: str = "torch") -> EmbeddingB
 
     Args:
         weights: float [num_ids, D] for every id space, by the name of the space or of one of its features.
-        plan: what the tables should take; exact where it is dense, else see `embtab.fitting`.
+        plan: what the tables should take; exact where it is dense, else see `embtab.convert.fit`.
         backend: of the result: "torch", "fbgemm" or "native".
 
     Raises:

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from embtab.auto import choices
 from embtab.errors import InfeasibleBudget, UserError, shown
 from embtab.features import Feature, id_spaces, is_whole
-from embtab.groups import grouped, solve
 from embtab.hashing import MAX_ROWS
 from embtab.methods import PRECISIONS, Encoding, Spec, Table
-from embtab.plan_checks import MAX_DIM, check_plan, read_encoding, read_feature, read_table
+from embtab.planning.auto import choices
+from embtab.planning.budget import grouped, solve
+from embtab.planning.checks import MAX_DIM, check_plan, read_encoding, read_feature, read_table
+from embtab.planning.specs import MethodSpec, by_feature, named
 from embtab.sizes import format_bytes, parse_bytes
-from embtab.specs import MethodSpec, by_feature, named
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ def plan(
 
     Args:
         features: the model's categorical features.
-        method: a name from `METHODS`, or "auto", see `embtab.auto`; `{"name": "qr", "op": "sum"}` to set options, among
-            them "precision"; or a map from feature names (or id spaces) to a method, with `"*"` for the rest:
-            `{"C1": "dense", "*": "qr"}`, or with `{"features": {...}}` around it, a map whatever features are called.
+        method: a name from `METHODS`, or "auto", see `embtab.planning.auto`; `{"name": "qr", "op": "sum"}` to set
+            options, "precision" among them; or a map from feature names (or id spaces) to a method, with `"*"` for the
+            rest: `{"C1": "dense", "*": "qr"}`, or with `{"features": {...}}` around it, whatever features are called.
         budget: serving bytes: 8_000_000, "8MB", "8MiB", "0.1x" (of the dense tables); None for no limit.
         dim: D, the width of every vector.
         seed: changes every hash.

@@ -1,6 +1,6 @@
 """The files of a bundle: what config.json says is in them, checked, and their tensors left on disk until they are read.
 
-NumPy and json only. What every folder of embtab has in common (digests, the list of files) is in `embtab.signed`.
+NumPy and json only. What all folders of embtab have in common (digests, the list of files) is `embtab.reader.manifest`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from embtab.signed import CONFIG, MAX_JSON, BundleError, Config, is_int, need, parse_json, read_signed, refused
+from embtab.reader.manifest import CONFIG, MAX_JSON, BundleError, Config, is_int, need, parse_json, read_signed, refused
 
 FORMAT, VERSION = "embtab-bundle", 1
 DTYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}

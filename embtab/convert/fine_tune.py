@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from embtab.collections import EmbeddingBagCollection
 from embtab.datasets.reader import ParquetBatches
 from embtab.errors import UserError
 from embtab.fused import Optimizer
+from embtab.tables import EmbeddingBagCollection
 from embtab.training import metrics
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress

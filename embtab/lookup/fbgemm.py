@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embtab.fused import FusedOptimizer, Optimizer
-from embtab.lookup import SummingLookup, moved, padded
+from embtab.lookup.base import SummingLookup, moved, padded
 from embtab.methods import Table
 
 FEW_THREADS = 4

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embtab.blocks import Block, per_bag
-from embtab.cut import Cut
-from embtab.distinct import distinct, gathered
-from embtab.lookup import Joined, Lookup, Request, StackedLookup
+from embtab.lookup.base import Joined, Lookup, Request, StackedLookup
 from embtab.methods import Encoding
+from embtab.tables.batch import Cut
+from embtab.tables.blocks import Block, per_bag
+from embtab.tables.dedup import distinct, gathered
 
 DISTINCT_FROM = 4096
 """Ids in a batch from which on finding the distinct ones pays."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from embtab.drawing import Draw
 from embtab.errors import UserError
 from embtab.fused import FusedOptimizer, Optimizer
-from embtab.lookup import Lookup, Request
+from embtab.lookup.base import Lookup, Request
+from embtab.lookup.init import Draw
 from embtab.methods import Table
 
 

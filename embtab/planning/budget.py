@@ -12,8 +12,8 @@ from embtab.errors import InfeasibleBudget, UserError
 from embtab.features import Feature
 from embtab.methods import METHODS, PRECISIONS, Encoding, Spec, Table
 from embtab.methods.base import Solution
+from embtab.planning.specs import by_feature, kinds_of, named, options_of, refuse_ambiguous
 from embtab.sizes import format_bytes
-from embtab.specs import by_feature, kinds_of, named, options_of, refuse_ambiguous
 
 
 @dataclass(frozen=True)

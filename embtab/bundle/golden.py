@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from embtab.bundle_files import check_finite, map_tensors
-from embtab.reader import Bundle
-from embtab.signed import BundleError
+from embtab.reader import Bundle, BundleError
+from embtab.reader.schema import check_finite, map_tensors
 
 FILE = "golden.safetensors"
 EXTREMES = (0, -1, 2**31, 2**53 + 1, 2**63 - 1, -(2**63))

@@ -1,0 +1,7 @@
+"""Bundles: trained tables as a folder that any ranker can read. docs/bundle.md is the contract."""
+
+from __future__ import annotations
+
+from embtab.bundle.writer import load, save
+
+__all__ = ["load", "save"]
