@@ -35,7 +35,8 @@ coverage: $(STAMP)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --sort=cover --show-missing
 
-# models/ and datasets/ live inside the embtab namespace only once installed; a tree of links shows mypy the same.
+# models/ and datasets/ live inside the embtab namespace only once installed; a tree of links shows mypy the same, and
+# import-linter, which holds the wings to the floors of pyproject.toml.
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +45,7 @@ lint: $(STAMP)
 	@ln -s $(CURDIR)/models .typecheck/embtab/models
 	@ln -s $(CURDIR)/datasets .typecheck/embtab/datasets
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p embtab
+	cd .typecheck && PYTHONPATH=. ../$(BIN)/lint-imports ../pyproject.toml --no-cache --no-logo
 
 # What a program imports: the command line, and what only it uses, have no page. Packages with __all__ are named file by
 # file. Warnings are errors, but for those of the libraries that are imported on the way.

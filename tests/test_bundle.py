@@ -17,12 +17,11 @@ from laws import CASES, EXTREMES, FEATURES, Case, adapted, single_ids
 from safetensors.numpy import load_file
 
 import embtab as et
-from embtab.bundle import golden
 from embtab.bundle.writer import torch_answers
 from embtab.datasets import criteo
 from embtab.errors import UserError
 from embtab.quantise import served
-from embtab.reader import Bundle, BundleError
+from embtab.reader import Bundle, BundleError, golden
 from embtab.reader.manifest import write_signed
 from embtab.reader.schema import read_config, tensor_specs
 

@@ -12,10 +12,9 @@ from test_reader import mutated, put, sign
 
 import embtab as et
 from embtab import cli
-from embtab.bundle import golden
 from embtab.bundle.delta_writer import save_delta
 from embtab.errors import UserError
-from embtab.reader import Bundle, BundleError
+from embtab.reader import Bundle, BundleError, golden
 from embtab.reader.manifest import CONFIG
 
 PLAN = et.plan([et.Feature("item", 90), et.Feature("user", 400)], {"item": "dense", "*": "unified"}, "0.6x", dim=4)

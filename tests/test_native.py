@@ -17,8 +17,9 @@ from embtab import compiler
 from embtab.errors import UserError
 from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
 from embtab.lookup import native, native_loop
-from embtab.lookup.base import Joined, Request, TorchLookup
+from embtab.lookup.base import Joined, Request
 from embtab.lookup.native import NativeLookup
+from embtab.lookup.torch import TorchLookup
 from embtab.methods import Table
 from embtab.methods.base import ARITHMETICS, JOININGS
 

@@ -11,7 +11,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import embtab as et
 from embtab.errors import UserError
 from embtab.fused import Optimizer
-from embtab.lookup.base import Joined, Request, make_lookup
+from embtab.lookup.base import Joined, Request
+from embtab.lookup.make import make_lookup
 from embtab.methods import Table
 
 fused = pytest.mark.parametrize("backend", ["fbgemm", "native"])

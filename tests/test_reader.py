@@ -21,8 +21,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab.bundle import golden
-from embtab.reader import Bundle, BundleError
+from embtab.reader import Bundle, BundleError, golden
 from embtab.reader.manifest import config_digest, file_digest
 
 FEATURES = [et.Feature("colour", 3), et.Feature("item", 90, pooling="mean"), et.Feature("user", 400)]

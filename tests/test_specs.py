@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 
 import embtab as et
 from embtab.cli import main
-from embtab.compare.sweep import label
 from embtab.datasets import table
 from embtab.datasets.check import check
 from embtab.errors import UserError
 from embtab.planning.auto import choices
 from embtab.planning.overview import outlooks
-from embtab.planning.specs import by_feature
+from embtab.planning.specs import by_feature, label
 from embtab.reader import Bundle
 
 NAMES = ["name", "*", "^c.*$", "a.b", "q\"uo'te", "ünï ☃", "with space", "features", "precision", "value", "count"]

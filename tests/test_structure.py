@@ -19,9 +19,8 @@ from numpy.random import Generator
 from safetensors.numpy import load_file, save_file
 
 import embtab as et
-from embtab.bundle import golden
 from embtab.bundle.writer import torch_answers
-from embtab.reader import Bundle
+from embtab.reader import Bundle, golden
 from embtab.serving.quantised import QuantisedTables
 from embtab.sharding import checkpoint as folders
 from embtab.training.checkpoint import description, load_tables

@@ -15,10 +15,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embtab.bench.timing import Arm, Stopwatch
 from embtab.bench.workload import Case
-from embtab.commands.parser import read_option
 from embtab.errors import UserError
 from embtab.fused import Optimizer
 from embtab.planning import plan
+from embtab.planning.specs import read_option
 from embtab.tables import EmbeddingBagCollection
 
 LR = 0.01

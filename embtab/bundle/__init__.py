@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from embtab.bundle.writer import load, save
+from embtab.bundle.loader import load
+from embtab.bundle.writer import save
 
 __all__ = ["load", "save"]

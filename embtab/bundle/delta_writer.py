@@ -11,11 +11,10 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from embtab import __version__
-from embtab.bundle import golden
 from embtab.bundle.writer import save
 from embtab.errors import UserError
 from embtab.files import hidden, new_folder
-from embtab.reader import Bundle
+from embtab.reader import Bundle, golden
 from embtab.reader.delta import CHANGES, FORMAT, VERSION, changes, described
 from embtab.reader.manifest import write_signed
 from embtab.tables.collections import Collection

@@ -10,7 +10,7 @@ config.json             everything else, with the sha256 of every file; written 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,14 +22,13 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from embtab import __version__, files
-from embtab.bundle import card, golden
+from embtab.bundle import card
 from embtab.bundle.vocabulary import Vocabulary, vocabulary_tensors
 from embtab.errors import UserError
 from embtab.methods import PRECISIONS, Table
 from embtab.planning import Plan
-from embtab.planning.checks import check_arrays
 from embtab.quantise import quantise
-from embtab.reader import Bundle
+from embtab.reader import Bundle, golden
 from embtab.reader.manifest import CONFIG, write_signed
 from embtab.reader.read import VOCABULARY, physical
 from embtab.reader.schema import FORMAT, VERSION, open_tensors, read_config, tensor_specs
@@ -272,46 +271,3 @@ def torch_answers(tables: Collection) -> golden.Answer:
 
 def _in_a_row(arrays: Vectors) -> Tensor:
     return torch.from_numpy(np.concatenate(list(arrays.values())))
-
-
-def plan_of(opened: Bundle) -> Plan:
-    """The plan of a bundle, held to the tables and arrays that lie there.
-
-    Raises:
-        UserError: when it claims what cannot be, or comes from a method that this embtab does not have.
-    """
-    try:
-        plan = Plan.from_dict(opened.plan)
-        check_arrays(plan.encodings, opened.tables)
-    except UserError as error:
-        raise UserError(f"{opened.path}: {error}") from None
-    return plan
-
-
-@torch.no_grad()
-def load(
-    path: str | Path,
-    backend: str = "torch",
-    collection: type[C] = EmbeddingBagCollection,  # type: ignore[assignment]
-    deltas: Sequence[str | Path] = (),
-) -> C:
-    """The tables of a bundle, with the values that serving reads; sha256 of all files compared.
-
-    Args:
-        path: a folder that `save` wrote.
-        backend: "torch", "fbgemm" or "native".
-        collection: `EmbeddingCollection` for vectors that are not pooled.
-        deltas: folders that `save_delta` wrote, in order.
-
-    Raises:
-        UserError: when the bundle is damaged, or comes from a method that this embtab does not have.
-    """
-    opened = Bundle(path, deltas=deltas)
-    tables = collection(plan_of(opened), backend=backend, init_std=None)
-    for name in tables.plan.tables:
-        rows, target = opened.tables[name], tables.lookup.table(name)
-        for first in range(0, len(target), 2**16):
-            target[first : first + 2**16] = torch.from_numpy(np.array(rows[first : first + 2**16]))
-    for name, array in tables.arrays.named_state().items():
-        array.copy_(torch.from_numpy(np.array(opened.tables[name])))
-    return tables

@@ -249,11 +249,11 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     from embtab.bundle import load, save
     from embtab.bundle.writer import refuse_existing
-    from embtab.commands.parser import read_option
     from embtab.convert import from_dense
     from embtab.convert.dense import features_of, read_dense, reconstruction_errors
     from embtab.features import id_spaces
     from embtab.planning import plan
+    from embtab.planning.specs import read_option
 
     refuse_existing(arguments.out, arguments.overwrite)
     if arguments.fine_tune and not arguments.ranker:

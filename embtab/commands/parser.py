@@ -16,21 +16,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def read_option(text: str) -> tuple[str, bool | int | float | str]:
-    """A method's option from "KEY=VALUE"; true and false are truth values."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise UserError(f"--option {text!r}: write KEY=VALUE, such as op=sum")
-    if value in ("true", "false"):
-        return key, value == "true"
-    for kind in (int, float):
-        try:
-            return key, kind(value)
-        except ValueError:
-            continue
-    return key, value
-
-
 def read_seeds(text: str | None) -> list[int] | None:
     """Seeds from "0,1,2"; None for those of the configuration."""
     try:

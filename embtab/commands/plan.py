@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from embtab.commands.parser import read_option
 from embtab.errors import UserError
+from embtab.planning.specs import read_option
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:

@@ -21,8 +21,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> None:
+    from embtab.compare.search_grid import search
     from embtab.compare.sweep import read_sweep
-    from embtab.learned.grid import search
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("embtab search trains in one process: start it without torchrun")

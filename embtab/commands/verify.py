@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from embtab.errors import UserError
 
 if TYPE_CHECKING:
-    from embtab.bundle.golden import Answer
     from embtab.reader import Bundle
+    from embtab.reader.golden import Answer
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     if _is_program(arguments.bundle) and not arguments.delta:
         _verify_program(arguments.bundle)
         return
-    from embtab.bundle import golden
-    from embtab.reader import Bundle
+    from embtab.reader import Bundle, golden
 
     opened = Bundle(arguments.bundle, deltas=arguments.delta)
     found = {name: golden.differences(opened, answer) for name, answer in _decoders(opened).items()}
@@ -70,8 +69,8 @@ def _verify_program(path: Path) -> None:
 def _decoders(opened: Bundle) -> dict[str, Answer]:
     """Everything here that can decode the bundle."""
     from embtab.bundle import load
-    from embtab.bundle.golden import reader_answers
     from embtab.bundle.writer import torch_answers
+    from embtab.reader.golden import reader_answers
     from embtab.serving.exported import eager, golden_answers, program_inside
     from embtab.serving.quantised import QuantisedTables
     from embtab.tables import EmbeddingBagCollection, EmbeddingCollection

@@ -19,10 +19,11 @@ from embtab.compare.figure import Figure, Panel
 from embtab.compare.figures import figures
 from embtab.compare.statistics import LEVEL, RESAMPLES
 from embtab.compare.summary import Row, Summary, summarise
-from embtab.compare.sweep import Sweep, label
+from embtab.compare.sweep import Sweep
 from embtab.compare.words import Advice, advise
 from embtab.datasets.schema import Dataset
 from embtab.files import write_bytes, write_text
+from embtab.planning.specs import label
 from embtab.sizes import format_bytes
 
 PNG_WIDTH = 720

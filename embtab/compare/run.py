@@ -13,7 +13,7 @@ from tqdm import tqdm
 from embtab.compare.report import make_report, write_report
 from embtab.compare.results import COLUMNS, place, read_results, write_parquet, write_results
 from embtab.compare.summary import Row
-from embtab.compare.sweep import Cell, Sweep, cell_key, check_training, label, training_key
+from embtab.compare.sweep import Cell, Sweep, cell_key, training_key
 from embtab.compare.workers import AnyJob, Job, SearchJob, outcomes
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
@@ -21,7 +21,9 @@ from embtab.features import Feature, id_spaces, read_features
 from embtab.fused import Optimizer
 from embtab.methods import Spec
 from embtab.planning import Plan, plan
+from embtab.planning.specs import label
 from embtab.sizes import parse_bytes
+from embtab.training.setup import check_training
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
     Raises:
         UserError: for settings that make no sense, or when another process writes to `out`.
     """
-    from embtab.compare.train import make_model
     from embtab.files import locked
+    from embtab.training.setup import make_model
 
     dataset = Dataset.load(sweep.data)
     features = read_features(sweep.data)

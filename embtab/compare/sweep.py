@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,14 @@ import yaml
 from embtab.errors import UserError
 from embtab.methods import METHODS
 from embtab.planning import Plan
-from embtab.planning.specs import MethodSpec, by_feature, named
+from embtab.planning.specs import MethodSpec, by_feature, label, named
+from embtab.training.setup import TrainingSetup
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(TrainingSetup):
     """The settings of a comparison; every field may stand in the YAML file."""
 
-    data: str
-    """A folder made by `embtab prepare`."""
     methods: tuple[MethodSpec, ...]
     """Names of methods, or maps such as {name: qr, op: sum}; of `embtab.METHODS`, or of `embtab.learned.LEARNED`, which
     search their shape. `dense` is run once a seed, without a budget."""
@@ -34,29 +32,6 @@ class Sweep:
     """Each seeds hashes, initial weights and the shuffle; every method gets the same ones."""
     precisions: tuple[str, ...] = ("fp32",)
     """Of the served rows: fp32, fp16, int8, int4. Training is in fp32; results are those of the served rows."""
-    dim: int = 16
-    """Width of every embedding."""
-    model: Mapping[str, Any] | Sequence[Mapping[str, Any]] = field(default_factory=lambda: {"name": "AutoInt"})
-    """The ranker: `name` of a class of embtab.models, and its options; or a list of rankers, each with all cells."""
-    epochs: int = 1
-    """At most; training stops after an epoch that is worse on the validation split than `patience` before it."""
-    patience: int = 1
-    batch_size: int = 4096
-    lr: float = 1e-3
-    """Adam's learning rate for the ranker."""
-    weight_decay: float = 0.0
-    """Adam's weight decay for the ranker."""
-    table_optimizer: str = "rowwise_adagrad"
-    table_lr: float = 0.05
-    init_std: float = 0.01
-    """Standard deviation of the entries of every embedding at the start."""
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """The settings that change a result, beyond data, plan and seed."""
-        names = ["model", "epochs", "patience", "batch_size", "lr", "weight_decay"]
-        names += ["table_optimizer", "table_lr", "init_std"]
-        return {name: getattr(self, name) for name in names}
 
     def each_model(self) -> list[Sweep]:
         """The sweep of every ranker."""
@@ -107,34 +82,6 @@ def _chooses_precision(method: MethodSpec) -> bool:
         return any("precision" in named(each)[1] for each in chosen_by.values())
     name, options = named(method)
     return name == "auto" or (name in METHODS and "precision" in options)
-
-
-def label(method: MethodSpec) -> str:
-    """A method's name with its options."""
-    chosen_by = by_feature(method)
-    if chosen_by is not None:
-        return " ".join(f"{feature}:{label(spec)}" for feature, spec in chosen_by.items())
-    name, options = named(method)
-    return " ".join([str(name), *(f"{key}={value}" for key, value in options.items())])
-
-
-def check_training(seeds: Sequence[int], **settings: float) -> None:
-    """Refuses what no run can be trained with, before any begins.
-
-    Args:
-        seeds: of the runs.
-        settings: by name, such as `lr` (above zero), `weight_decay` or `init_std` (zero or more).
-
-    Raises:
-        UserError: naming the first wrong one.
-    """
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seeds must be whole numbers from 0 and below 2^32, got {seed}")
-    for name, value in settings.items():
-        if not (0 < value < math.inf if name == "lr" else 0 <= value < math.inf):
-            kind = "above zero" if name == "lr" else "zero or more"
-            raise UserError(f"{name} must be a finite number, {kind}; got {value}")
 
 
 def cell_key(sweep: Sweep, plan: Plan, fingerprint: str, seed: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 import warnings
@@ -13,11 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-import embtab.models
 from embtab.compare import measure
 from embtab.compare.statistics import resampled_auc
 from embtab.compare.sweep import Sweep
-from embtab.errors import UserError
 from embtab.files import scratch
 from embtab.fused import Optimizer, outer_parameters
 from embtab.planning import Plan
@@ -28,6 +25,7 @@ from embtab.training.checkpoint import WholeFiles
 from embtab.training.data import DataModule
 from embtab.training.progress import Progress
 from embtab.training.served import ServedRows
+from embtab.training.setup import make_model
 from embtab.training.task import RankingTask, Rows, columns
 
 
@@ -145,29 +143,6 @@ def measured(task: MeasuredTask, trainer: L.Trainer, data: DataModule) -> dict[s
         "collisions": measure.collisions(served),
         "latency_us": measure.latency(served, next(iter(data.test_dataloader())).sparse),
     }
-
-
-def make_model(sweep: Sweep, num_dense: int, num_features: int) -> torch.nn.Module:
-    """The ranker by name, with only options it has.
-
-    Raises:
-        UserError: for an unknown name or option, or a value the ranker refuses.
-    """
-    assert isinstance(sweep.model, Mapping)
-    options = dict(sweep.model)
-    name = options.pop("name", None)
-    classes = {
-        key: value
-        for key, value in vars(embtab.models).items()
-        if inspect.isclass(value) and issubclass(value, torch.nn.Module) and value not in embtab.models.SEQUENCE_MODELS
-    }
-    if name not in classes:
-        raise UserError(f"unknown model {name!r}; there are {', '.join(classes)}")
-    known = list(inspect.signature(classes[name]).parameters)[3:]
-    for option in options:
-        if option not in known:
-            raise UserError(f"model {name} has no option {option!r}; it has {', '.join(known)}")
-    return classes[name](num_dense, num_features, sweep.dim, **options)
 
 
 def quieten() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from embtab.compare.sweep import Sweep
 from embtab.errors import UserError
 from embtab.files import write_text
 from embtab.learned.forms import largest_within
@@ -23,10 +22,11 @@ from embtab.learned.training import Data
 from embtab.methods import Spec
 from embtab.planning.specs import MethodSpec
 from embtab.sizes import parse_bytes
+from embtab.training.setup import TrainingSetup
 
 
 def settings(
-    sweep: Sweep, method: MethodSpec, budget: int | float | str, seed: int = 0, precision: str = "fp32"
+    setup: TrainingSetup, method: MethodSpec, budget: int | float | str, seed: int = 0, precision: str = "fp32"
 ) -> dict[str, Any]:
     """Everything that decides what `embtab.learned.run` finds for the same arguments, as plain JSON types.
 
@@ -34,12 +34,12 @@ def settings(
         InfeasibleBudget, UserError: what `run` raises before it trains.
     """
     learned = make(method)
-    lab = make_lab(sweep, learned.name, budget, seed, precision, Path(), None, learned.check)
+    lab = make_lab(setup, learned.name, budget, seed, precision, Path(), None, learned.check)
     return settings_of(lab, learned.name, options_of(learned))
 
 
 def make_lab(
-    sweep: Sweep,
+    setup: TrainingSetup,
     name: str,
     budget: int | float | str | None,
     seed: int,
@@ -49,12 +49,12 @@ def make_lab(
     check: Callable[[Lab], None] = lambda lab: None,
 ) -> Lab:
     """Everything that is known before the first stage, checked; nothing is written."""
-    spec = Spec(sweep.dim, seed, precision)
-    data = Data(sweep, seed, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    lab = Lab(sweep, data, spec, 0, seed, Stages(folder), title)
-    lab.budget = parse_bytes("1x" if budget is None else budget, sum(map(Spec(sweep.dim).dense_bytes, lab.spaces)))
+    spec = Spec(setup.dim, seed, precision)
+    data = Data(setup, seed, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    lab = Lab(setup, data, spec, 0, seed, Stages(folder), title)
+    lab.budget = parse_bytes("1x" if budget is None else budget, sum(map(Spec(setup.dim).dense_bytes, lab.spaces)))
     check(lab)
-    nothing = {space.name: np.full((space.num_ids, sweep.dim), -np.inf) for space in lab.spaces}
+    nothing = {space.name: np.full((space.num_ids, setup.dim), -np.inf) for space in lab.spaces}
     largest_within(lab.spaces, nothing, lab.budget, spec, name)  # which no search can make smaller
     return lab
 
@@ -72,8 +72,8 @@ def settings_of(lab: Lab, name: str, options: dict[str, Any]) -> dict[str, Any]:
         "precision": lab.spec.precision,
         "budget": lab.budget,
         "seed": lab.seed,
-        "dim": lab.sweep.dim,
-        "training": lab.sweep.training,
+        "dim": lab.setup.dim,
+        "training": lab.setup.training,
         "fingerprint": lab.data.dataset.fingerprint,
     }
     plain: dict[str, Any] = json.loads(json.dumps(decisive))

@@ -85,8 +85,8 @@ class DNIS(Learned):
         block_of = torch.from_numpy(
             frequency_blocks([s.counts for s in lab.spaces if s.counts is not None], self.blocks)
         )
-        gate = SoftSelection(block_of, len(self.blocks), lab.sweep.dim)
-        warm = Training(lab.sweep, lab.data, gate, lab.seed)
+        gate = SoftSelection(block_of, len(self.blocks), lab.setup.dim)
+        warm = Training(lab.setup, lab.data, gate, lab.seed)
         lab.trained("warmup", warm, self.warmup)
         training = Bilevel(lab, self, warm)
         lab.trained("bilevel", training, self.epochs)
@@ -137,7 +137,7 @@ class Bilevel(Training):
     """A step of alpha after every step of the rest."""
 
     def __init__(self, lab: Lab, method: DNIS, warm: Training) -> None:
-        super().__init__(lab.sweep, lab.data, warm.gate, lab.seed)
+        super().__init__(lab.setup, lab.data, warm.gate, lab.seed)
         self.method = method
         self.load_weights(warm.weights())
         self._validation: Iterator[Batch] | None = None

@@ -76,8 +76,8 @@ class Pruning(Training):
     def __init__(self, lab: Lab, method: Magnitude) -> None:
         self.lab, self.method = lab, method
         self.archive: list[dict[str, Any]] = []
-        everything = torch.ones(sum(s.num_ids for s in lab.spaces), lab.sweep.dim, dtype=torch.bool)
-        super().__init__(lab.sweep, lab.data, Masked(everything), lab.seed)
+        everything = torch.ones(sum(s.num_ids for s in lab.spaces), lab.setup.dim, dtype=torch.bool)
+        super().__init__(lab.setup, lab.data, Masked(everything), lab.seed)
         self.full = sum(lab.spec.dense_bytes(space) for space in lab.spaces)
 
     def allowed(self, step: int) -> int:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtab.compare.sweep import Sweep
 from embtab.errors import UserError
 from embtab.features import Feature, id_spaces
 from embtab.learned.forms import Masks, nbytes_of
 from embtab.learned.stages import Save, Stages, State
 from embtab.learned.training import Data, Training
 from embtab.methods import Spec
+from embtab.training.setup import TrainingSetup
 
 SCORES = ("magnitude", "impact")
 
@@ -30,7 +30,7 @@ class Lab:
     """What a search works with.
 
     Args:
-        sweep: the settings of training.
+        setup: the settings of training.
         data: the splits.
         spec: dimension, seed and precision of what is served.
         budget: serving bytes.
@@ -39,7 +39,7 @@ class Lab:
         title: of the progress on stderr; silent if None.
     """
 
-    sweep: Sweep
+    setup: TrainingSetup
     data: Data
     spec: Spec
     budget: int
@@ -148,7 +148,7 @@ def check_scores(by: str, lab: Lab, method: str) -> None:
     """Refuses scores that there are not, or that the tables' optimizer gives no ground for."""
     if by not in SCORES:
         raise UserError(f"{method}: by must be one of {', '.join(SCORES)}; got {by!r}")
-    if by == "impact" and lab.sweep.table_optimizer == "sgd":
+    if by == "impact" and lab.setup.table_optimizer == "sgd":
         raise UserError(f"{method}: by=impact needs the squared gradients that adagrad sums; sgd does not")
 
 

@@ -52,7 +52,7 @@ class OptEmbed(Learned):
     """Supernet, evolution, retraining.
 
     Args:
-        epochs: of the supernet, at most; it stops as the sweep's patience says.
+        epochs: of the supernet, at most; it stops as the setup's patience says.
         alpha: weight of the thresholds' penalty.
         threshold_lr: their learning rate; 0 for the one at which the penalty alone would raise them, in all epochs, to
             about half the L1 norm that rows start with.
@@ -96,11 +96,11 @@ class OptEmbed(Learned):
 
     def search(self, lab: Lab) -> Found:
         """Stages "supernet" and "evolution"."""
-        norm = lab.sweep.dim * lab.sweep.init_std * (2 / math.pi) ** 0.5
+        norm = lab.setup.dim * lab.setup.init_std * (2 / math.pi) ** 0.5
         reached = self.alpha * self.epochs * lab.data.steps_per_epoch
-        gate = Thresholds(len(lab.spaces), lab.sweep.dim, self.alpha, self.threshold_lr or norm / 2 / reached)
-        training = Training(lab.sweep, lab.data, gate, lab.seed)
-        lab.trained("supernet", training, self.epochs, lab.sweep.patience)
+        gate = Thresholds(len(lab.spaces), lab.setup.dim, self.alpha, self.threshold_lr or norm / 2 / reached)
+        training = Training(lab.setup, lab.data, gate, lab.seed)
+        lab.trained("supernet", training, self.epochs, lab.setup.patience)
         rows = self._rows(lab, training)
         table = np.array([self._sizes(lab, i, rows[space.name]) for i, space in enumerate(lab.spaces)])
         genes = Genes(table, lab.budget, self.name)
@@ -111,7 +111,7 @@ class OptEmbed(Learned):
         state = lab.stages.run("evolution", work)
         lab.archive += state["archive"]
         widths = dict(zip(rows, state["best"], strict=True))
-        masks = {name: kept[:, None] & (np.arange(lab.sweep.dim) < widths[name]) for name, kept in rows.items()}
+        masks = {name: kept[:, None] & (np.arange(lab.setup.dim) < widths[name]) for name, kept in rows.items()}
         thresholds = dict(zip(rows, gate.thresholds.detach().tolist(), strict=True))
         kept = {name: int(each.sum()) for name, each in rows.items()}
         about: dict[str, Any] = {"widths": widths, "rows": kept, "thresholds": thresholds, "best": state["best_auc"]}
@@ -125,13 +125,13 @@ class OptEmbed(Learned):
             return kept
         impact = scores_of(training, gated, "impact")
         scores = {name: np.where(kept[name], score.sum(axis=1), -np.inf) for name, score in impact.items()}
-        wide = {name: np.repeat(score[:, None], lab.sweep.dim, axis=1) for name, score in scores.items()}
+        wide = {name: np.repeat(score[:, None], lab.setup.dim, axis=1) for name, score in scores.items()}
         masks = largest_within(lab.spaces, wide, int(self.row_budget * lab.budget), lab.spec, self.name)
         return {name: mask[:, 0] for name, mask in masks.items()}
 
     def _sizes(self, lab: Lab, i: int, kept: np.ndarray) -> list[int]:
         """Bytes of an id space at widths 0..D."""
-        dim = lab.sweep.dim
+        dim = lab.setup.dim
         masks = (kept[:, None] & (np.arange(dim) < width) for width in range(dim + 1))
         return [smallest(lab.spaces[i], mask, lab.spec).nbytes for mask in masks]
 
@@ -169,7 +169,7 @@ class Judge:
     """Validation AUC of the supernet at given widths; rows are looked up once, for all candidates."""
 
     def __init__(self, lab: Lab, training: Training, rows: dict[str, np.ndarray], most: int) -> None:
-        self.training, self.dim = training, lab.sweep.dim
+        self.training, self.dim = training, lab.setup.dim
         self.losses: dict[Candidate, float] = {}
         self.cost: dict[str, Any] = {"seconds": 0.0, "training_seconds": 0.0, "trained": 0, "evaluated": 0}
         started = time.perf_counter()

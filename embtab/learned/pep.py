@@ -107,7 +107,7 @@ class Thresholding(Training):
 
     def __init__(self, lab: Lab, method: PEP) -> None:
         self.lab, self.method, self.fits = lab, method, False
-        super().__init__(lab.sweep, lab.data, SoftThreshold(len(lab.spaces), lab.sweep.dim, method), lab.seed)
+        super().__init__(lab.setup, lab.data, SoftThreshold(len(lab.spaces), lab.setup.dim, method), lab.seed)
 
     def margins(self) -> dict[str, np.ndarray]:
         """By how much entries exceed their threshold, float32 [num_ids, D]; -inf in rows never trained."""

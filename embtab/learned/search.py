@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save
 
 from embtab.bundle import save as save_bundle
-from embtab.compare.sweep import Sweep
 from embtab.files import replaced_file, scratch, write_text
 from embtab.learned.claim import claim, make_lab, options_of, settings_of
 from embtab.learned.forms import compacted, plan_of
@@ -28,6 +27,7 @@ from embtab.planning import Plan
 from embtab.planning.specs import MethodSpec
 from embtab.tables import EmbeddingBagCollection
 from embtab.threads import one_thread
+from embtab.training.setup import TrainingSetup
 
 
 @dataclass
@@ -94,20 +94,20 @@ class Reference:
 
 
 @one_thread()
-def train_dense(sweep: Sweep, seed: int = 0, folder: Path | None = None, title: str | None = None) -> Reference:
+def train_dense(setup: TrainingSetup, seed: int = 0, folder: Path | None = None, title: str | None = None) -> Reference:
     """Trains dense tables with the settings of a search; the arguments are those of `run`."""
     with _place(folder) as place:
-        lab = make_lab(sweep, "dense", None, seed, "fp32", place, title)
+        lab = make_lab(setup, "dense", None, seed, "fp32", place, title)
         claim(lab, settings_of(lab, "dense", {}))
-        training = Training(lab.sweep, lab.data, Gate(), lab.seed)
-        state = lab.trained("dense", training, sweep.epochs, sweep.patience)
+        training = Training(lab.setup, lab.data, Gate(), lab.seed)
+        state = lab.trained("dense", training, setup.epochs, setup.patience)
         tested = lab.stages.run("test", lambda save, resumed: dict(training.evaluate("test")))
     return Reference(tested, state["cost"]["seconds"], state["cost"]["trained"])
 
 
 @one_thread()
 def run(
-    sweep: Sweep,
+    setup: TrainingSetup,
     method: MethodSpec,
     budget: int | float | str,
     seed: int = 0,
@@ -119,7 +119,7 @@ def run(
     """Searches, retrains, and measures what will be served.
 
     Args:
-        sweep: the settings of training: data, dim, model, epochs, ...; its methods, budgets and seeds are not used.
+        setup: the settings of training: data, dim, model, epochs, ...; its methods, budgets and seeds are not used.
         method: a name of `embtab.learned.LEARNED`, or {"name": ..., options}.
         budget: serving bytes: 8_000_000, "8MB", "0.1x" (of the dense tables).
         seed: of everything drawn.
@@ -135,7 +135,7 @@ def run(
     """
     learned = make(method)
     with _place(folder) as place:
-        lab = make_lab(sweep, learned.name, budget, seed, precision, place, title, learned.check)
+        lab = make_lab(setup, learned.name, budget, seed, precision, place, title, learned.check)
         claim(lab, settings_of(lab, learned.name, options_of(learned)))
         found = learned.search(lab)
         training, plan, tables = _served(lab, found)
@@ -157,12 +157,12 @@ def _place(folder: Path | None) -> Iterator[Path]:
 
 def _served(lab: Lab, found: Found) -> tuple[Training, Plan, EmbeddingBagCollection]:
     """Trains with the mask as it is, and gives the tables that are left of it."""
-    training = Training(lab.sweep, lab.data, Masked(joined(found.masks)), lab.seed)
+    training = Training(lab.setup, lab.data, Masked(joined(found.masks)), lab.seed)
     if found.start is not None:
         training.load_weights(_without_gate(found.start))
         training.keep_start = True
-    epochs = lab.sweep.epochs if found.retrain else 0
-    lab.trained("retrain", training, epochs, lab.sweep.patience)
+    epochs = lab.setup.epochs if found.retrain else 0
+    lab.trained("retrain", training, epochs, lab.setup.patience)
     plan = plan_of(lab.data.features, found.masks, lab.spec, lab.budget)
     if plan.nbytes > lab.budget:
         raise AssertionError(f"found {plan.nbytes} bytes for a budget of {lab.budget}; please report this")

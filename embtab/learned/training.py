@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from embtab.compare.sweep import Sweep
-from embtab.compare.train import make_model
 from embtab.datasets.reader import Batch, ParquetBatches
 from embtab.datasets.schema import Dataset
 from embtab.errors import UserError
@@ -30,13 +28,14 @@ from embtab.learned.supernet import Gate, Supernet
 from embtab.tables import EmbeddingBagCollection
 from embtab.training.culprit import REMEDY, culprit, not_finite
 from embtab.training.metrics import evaluate
+from embtab.training.setup import TrainingSetup, make_model
 
 
 class Data:
     """The splits of a prepared dataset, in batches on a device.
 
     Args:
-        sweep: its data and batch size.
+        setup: its data and batch size.
         seed: of the shuffle.
         device: of the batches.
 
@@ -46,8 +45,8 @@ class Data:
             feature has hashed ids.
     """
 
-    def __init__(self, sweep: Sweep, seed: int, device: torch.device) -> None:
-        self.path, self.batch_size, self.seed, self.device = Path(sweep.data), sweep.batch_size, seed, device
+    def __init__(self, setup: TrainingSetup, seed: int, device: torch.device) -> None:
+        self.path, self.batch_size, self.seed, self.device = Path(setup.data), setup.batch_size, seed, device
         self.dataset = Dataset.load(self.path)
         self.features = read_features(self.path)
         if hashed := [feature.name for feature in self.features if feature.hashed]:
@@ -84,19 +83,19 @@ class Training:
     """A supernet and a ranker in training. Methods override `before`, `step` and `enough`.
 
     Args:
-        sweep: the settings.
+        setup: the settings.
         data: the splits.
         gate: the method's.
         seed: of first values and everything drawn later.
     """
 
-    def __init__(self, sweep: Sweep, data: Data, gate: Gate, seed: int) -> None:
+    def __init__(self, setup: TrainingSetup, data: Data, gate: Gate, seed: int) -> None:
         torch.manual_seed(seed)
         self.data = data
-        optimizer = Optimizer(sweep.table_optimizer, sweep.table_lr)
-        self.tables = Supernet(data.features, sweep.dim, gate, optimizer, sweep.init_std, data.device)
-        self.model = make_model(sweep, len(data.dataset.dense), len(data.features)).to(data.device)
-        adam = torch.optim.Adam(self.model.parameters(), lr=sweep.lr, weight_decay=sweep.weight_decay)
+        optimizer = Optimizer(setup.table_optimizer, setup.table_lr)
+        self.tables = Supernet(data.features, setup.dim, gate, optimizer, setup.init_std, data.device)
+        self.model = make_model(setup, len(data.dataset.dense), len(data.features)).to(data.device)
+        adam = torch.optim.Adam(self.model.parameters(), lr=setup.lr, weight_decay=setup.weight_decay)
         self.optimizers: list[torch.optim.Optimizer] = [adam, *self.tables.gate.optimizers()]
         self.epoch = 0
         self.steps = 0

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embtab.fused import FusedOptimizer, Optimizer
-from embtab.lookup.base import SummingLookup, moved, padded
-from embtab.methods import Table
+from embtab.lookup.base import moved, padded
+from embtab.lookup.stacked import SummingLookup
+from embtab.methods.base import Table
 
 FEW_THREADS = 4
 """Up to which the compiled loop is worth it: it runs in one thread, the made code in as many as torch has."""

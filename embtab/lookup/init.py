@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from embtab.hashing import seed_of
-from embtab.methods import Table
-from embtab.methods.base import PartInit
+from embtab.methods.base import PartInit, Table
 
 BLOCK = 1024
 """Rows that are drawn together: a generator for each would cost more than its numbers."""

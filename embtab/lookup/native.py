@@ -32,9 +32,10 @@ from torch import Tensor
 from embtab.compiler import in_large_pages
 from embtab.errors import UserError
 from embtab.fused import FusedOptimizer, Optimizer
-from embtab.lookup.base import Request, StackedLookup, moved
+from embtab.lookup.base import Request, moved
 from embtab.lookup.native_loop import CTables, Read, compiled_loop, placed_rows, tables_of, update
-from embtab.methods import Table
+from embtab.lookup.stacked import StackedLookup
+from embtab.methods.base import Table
 
 MAX_ROWS = 2**32
 """Rows of one width that an update can tell apart."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from embtab.compiler import build, together
 from embtab.errors import UserError
 from embtab.fused import OPTIMIZERS, Optimizer
-from embtab.lookup.base import Joined, Request, check_lengths, check_weights
+from embtab.lookup.base import Joined, Request
+from embtab.lookup.stacked import check_lengths, check_weights
 from embtab.methods.base import ARITHMETICS, JOININGS
 
 WORTH_A_THREAD = 1 << 16

@@ -33,6 +33,15 @@ def by_feature(method: MethodSpec) -> Mapping[str, Any] | None:
     return method
 
 
+def label(method: MethodSpec) -> str:
+    """A method's name with its options."""
+    chosen_by = by_feature(method)
+    if chosen_by is not None:
+        return " ".join(f"{feature}:{label(spec)}" for feature, spec in chosen_by.items())
+    name, options = named(method)
+    return " ".join([str(name), *(f"{key}={value}" for key, value in options.items())])
+
+
 def named(method: MethodSpec) -> tuple[str, dict[str, Any]]:
     """The name and the options of one method; whether there are such is not checked.
 
@@ -90,3 +99,18 @@ def _has_options_only(method: Mapping[str, Any]) -> bool:
 
 def _has_methods_only(method: Mapping[str, Any]) -> bool:
     return all(value in METHODS if isinstance(value, str) else isinstance(value, Mapping) for value in method.values())
+
+
+def read_option(text: str) -> tuple[str, bool | int | float | str]:
+    """A method's option from "KEY=VALUE"; true and false are truth values."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UserError(f"--option {text!r}: write KEY=VALUE, such as op=sum")
+    if value in ("true", "false"):
+        return key, value == "true"
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value

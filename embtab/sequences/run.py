@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from embtab.compare.rows import read_rows, write_rows
 from embtab.compare.summary import Row
-from embtab.compare.sweep import check_training, label
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.files import locked, write_text
 from embtab.fused import Optimizer
+from embtab.planning.specs import label
 from embtab.sequences.plot import plot
 from embtab.sequences.report import report
 from embtab.sequences.study import Cell, Study
+from embtab.training.setup import check_training
 
 TEXTS = ("key", "status", "arm", "method", "budget", "error")
 SIZES = ("seed", "nbytes", "attention_bytes", "min_bytes", "epochs")

@@ -15,10 +15,9 @@ from typing import Any
 import yaml
 from torch import nn
 
-from embtab.compare.sweep import label
 from embtab.errors import UserError
 from embtab.models import DARE, SEQUENCE_MODELS
-from embtab.planning.specs import MethodSpec
+from embtab.planning.specs import MethodSpec, label
 
 TASK = "sequences"
 """The `task` that a configuration of this kind names."""

@@ -22,10 +22,9 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from embtab import __version__
-from embtab.bundle import golden
 from embtab.errors import UserError
 from embtab.files import new_folder
-from embtab.reader import Bundle, BundleError
+from embtab.reader import Bundle, BundleError, golden
 from embtab.reader.manifest import CONFIG, check_files, need, read_signed, refused, write_signed
 from embtab.reader.schema import check_finite, map_tensors
 from embtab.serving.inputs import ONE_MORE, check, check_bags, check_ids, empty

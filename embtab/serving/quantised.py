@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from embtab.bundle.writer import plan_of
 from embtab.errors import UserError
+from embtab.planning.stored import plan_of
 from embtab.reader import Bundle
 from embtab.serving.stored import Stored
 from embtab.serving.tables import Group, Inputs, ServedTables, _cut, _weights

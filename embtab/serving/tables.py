@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtab.bundle.writer import plan_of
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.methods import Encoding
+from embtab.planning.stored import plan_of
 from embtab.reader import Bundle
 from embtab.serving.capture import in_memory
 from embtab.serving.stored import Stored, StoredTable

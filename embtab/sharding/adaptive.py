@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embtab.methods import Encoding
-from embtab.methods.base import LiveTable
+from embtab.methods.base import Encoding, LiveTable
 from embtab.sharding.processes import first_says
 
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from embtab.fused import FusedOptimizer
-from embtab.lookup.base import Request, TorchLookup
-from embtab.methods import Table
+from embtab.lookup.base import Request
+from embtab.lookup.torch import TorchLookup
+from embtab.methods.base import Table
 
 
 class Replicas(TorchLookup):

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
+from embtab.datasets.epochs import Epochs
 from embtab.errors import UserError
 from embtab.lookup.base import slot
 from embtab.lookup.fbgemm import FbgemmLookup
@@ -27,7 +28,6 @@ from embtab.sharding.lookup import ShardedLookup
 from embtab.sharding.pipeline import LookAhead, Through
 from embtab.sharding.placement import kinds
 from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
-from embtab.training.data import Epochs
 
 Collection = EmbeddingBagCollection | EmbeddingCollection
 _LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "ncclremoteerror")

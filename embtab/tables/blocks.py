@@ -15,7 +15,7 @@ from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.lookup.base import Lookup, Request, slot
 from embtab.lookup.named_state import NamedState, Place, at, planted
-from embtab.methods import Encoding
+from embtab.methods.base import Encoding
 from embtab.planning import Plan
 from embtab.tables.batch import Cut
 

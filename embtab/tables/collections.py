@@ -30,10 +30,11 @@ from embtab.errors import UserError, shown
 from embtab.features import Feature
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.hashing import seed_of
-from embtab.lookup.base import Lookup, Request, make_lookup, usable_device
+from embtab.lookup.base import Lookup, Request, usable_device
 from embtab.lookup.init import Draw, generator
+from embtab.lookup.make import make_lookup
 from embtab.lookup.meta import Unmade
-from embtab.methods import Encoding
+from embtab.methods.base import Encoding
 from embtab.planning import Plan
 from embtab.tables.batch import Cut
 from embtab.tables.blocks import Arrays, Block, bases_of, make_blocks

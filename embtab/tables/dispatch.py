@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embtab.lookup.base import Joined, Lookup, Request, StackedLookup
-from embtab.methods import Encoding
+from embtab.lookup.base import Joined, Lookup, Request
+from embtab.lookup.stacked import StackedLookup
+from embtab.methods.base import Encoding
 from embtab.tables.batch import Cut
 from embtab.tables.blocks import Block, per_bag
 from embtab.tables.dedup import distinct, gathered

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from embtab.methods import Encoding
+from embtab.methods.base import Encoding
 
 PATIENCE = 100
 """Batches in training, after which a loop that has not called `adapt` is not about to."""

@@ -23,7 +23,7 @@ FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *("embtab.training.cli", "embtab.compare.run", "embtab.compare.train", "embtab.compare.searched"),
-        *("embtab.learned.grid", "embtab.sequences.run", "embtab.sequences.train", "embtab.commands.plan"),
+        *("embtab.compare.search_grid", "embtab.sequences.run", "embtab.sequences.train", "embtab.commands.plan"),
         *(
             "embtab.bundle",
             "embtab.bundle.delta_writer",

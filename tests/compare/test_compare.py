@@ -17,13 +17,14 @@ import embtab.compare.train
 import embtab.compare.workers
 from embtab.compare.run import compare, seconds_left
 from embtab.compare.statistics import mean_interval
-from embtab.compare.sweep import Sweep, label, read_sweep
+from embtab.compare.sweep import Sweep, read_sweep
 from embtab.compare.workers import Job, outcomes
 from embtab.datasets import synthetic
 from embtab.errors import UserError
 from embtab.features import read_features
 from embtab.files import locked
 from embtab.planning import plan
+from embtab.planning.specs import label
 from embtab.quantise import served
 from embtab.tables import EmbeddingBagCollection
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import embtab as et
-from embtab.bundle import golden
-from embtab.reader import Bundle
+from embtab.reader import Bundle, golden
 
 SOURCE = Path(__file__).with_name("check.cpp")
 FEATURES = [

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from embtab.reader import Bundle, BundleError
+from embtab.reader.manifest import BundleError
+from embtab.reader.read import Bundle
 from embtab.reader.schema import check_finite, map_tensors
 
 FILE = "golden.safetensors"

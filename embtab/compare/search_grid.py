@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embtab.compare.sweep import Cell, Sweep, check_training, label
-from embtab.compare.train import make_model
+from embtab.compare.sweep import Cell, Sweep
 from embtab.datasets.schema import Dataset
 from embtab.errors import InfeasibleBudget, UserError
 from embtab.files import locked, write_text
 from embtab.fused import Optimizer
 from embtab.learned.registry import make
 from embtab.learned.search import Reference, run, train_dense
+from embtab.planning.specs import label
 from embtab.sizes import format_bytes
+from embtab.training.setup import check_training, make_model
 
 COLUMNS = (
     *("method", "budget", "precision", "seed", "status", "nbytes", "dense_nbytes", "auc", "dense_auc", "val_auc"),
