@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from embtab.methods.base import infeasible
+from embtab.methods.solver import infeasible
 
 Candidate = tuple[int, ...]
 Fitness = Callable[[Candidate], float]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from embtab.features import Feature, id_spaces
-from embtab.methods.base import Solution, Spec, infeasible
+from embtab.methods.base import Solution, Spec
 from embtab.methods.dense import dense_solution
 from embtab.methods.pruned import Pruned, pruned_solution
+from embtab.methods.solver import infeasible
 from embtab.methods.sparse import FORMS, Sparse, sparse_solution
 from embtab.planning import Plan
 from embtab.tables import EmbeddingBagCollection

@@ -27,7 +27,8 @@ from embtab.errors import UserError
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.lookup.init import Draw
 from embtab.lookup.named_state import NamedState
-from embtab.methods.base import Encoding, LiveTable, Table
+from embtab.methods.base import Encoding, LiveTable
+from embtab.methods.storage import Table
 from embtab.quantise import served
 
 

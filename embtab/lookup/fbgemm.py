@@ -24,7 +24,7 @@ from torch import Tensor
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.lookup.base import moved, padded
 from embtab.lookup.stacked import SummingLookup
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 
 FEW_THREADS = 4
 """Up to which the compiled loop is worth it: it runs in one thread, the made code in as many as torch has."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from embtab.hashing import seed_of
-from embtab.methods.base import PartInit, Table
+from embtab.methods.base import PartInit
+from embtab.methods.storage import Table
 
 BLOCK = 1024
 """Rows that are drawn together: a generator for each would cost more than its numbers."""

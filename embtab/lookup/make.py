@@ -10,7 +10,7 @@ from embtab.errors import UserError
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.lookup.base import Lookup
 from embtab.lookup.torch import TorchLookup
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 
 
 def make_lookup(

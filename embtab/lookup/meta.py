@@ -11,7 +11,7 @@ from embtab.errors import UserError
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.lookup.base import Lookup, Request
 from embtab.lookup.init import Draw
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 
 
 class Unmade(Lookup):

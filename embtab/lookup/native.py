@@ -35,7 +35,7 @@ from embtab.fused import FusedOptimizer, Optimizer
 from embtab.lookup.base import Request, moved
 from embtab.lookup.native_loop import CTables, Read, compiled_loop, placed_rows, tables_of, update
 from embtab.lookup.stacked import StackedLookup
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 
 MAX_ROWS = 2**32
 """Rows of one width that an update can tell apart."""

@@ -14,7 +14,7 @@ from embtab.errors import UserError
 from embtab.fused import FusedOptimizer
 from embtab.lookup.base import Lookup, Request
 from embtab.lookup.named_state import Place, planted
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 
 
 class StackedLookup(Lookup):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embtab.lookup.named_state import at
 from embtab.lookup.stacked import SummingLookup
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 
 
 class TorchLookup(SummingLookup):

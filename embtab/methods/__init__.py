@@ -1,6 +1,6 @@
 """Every method, by its name. Adding one: a file here, a line below, a row in tests/laws.py."""
 
-from embtab.methods.base import PRECISIONS, Encoding, Spec, Table
+from embtab.methods.base import Encoding, Spec
 from embtab.methods.cafe import CAFE
 from embtab.methods.cce import CCE
 from embtab.methods.dense import Dense
@@ -16,6 +16,7 @@ from embtab.methods.pruned import Pruned
 from embtab.methods.qr import QR
 from embtab.methods.robe import Robe
 from embtab.methods.sparse import Sparse
+from embtab.methods.storage import PRECISIONS, Table
 from embtab.methods.tt import TensorTrain
 from embtab.methods.unified import Unified
 

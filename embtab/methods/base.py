@@ -7,68 +7,20 @@ N ids   K parts per id   W width of a physical row   D dimension the model sees 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from embtab.errors import InfeasibleBudget, UserError
+from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS
-from embtab.sizes import format_bytes
+from embtab.methods.storage import PRECISIONS, ArraySpec, Table
 
 Array = Any  # a torch.Tensor or a numpy.ndarray
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How a number of a served row is stored; training is in float32 whatever the precision."""
-
-    name: str
-    bits: int
-    row_overhead: int
-    """Bytes beside the numbers of a row: a float16 scale and a float16 offset for the integer forms."""
-
-    def row_bytes(self, width: int) -> int:
-        """Serving bytes of a row of `width` numbers."""
-        return -(-width * self.bits // 8) + self.row_overhead
-
-
-PRECISIONS = {
-    "fp32": Precision("fp32", 32, 0),
-    "fp16": Precision("fp16", 16, 0),
-    "int8": Precision("int8", 8, 4),
-    "int4": Precision("int4", 4, 4),
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A physical table: a matrix of `num_rows` x `width`. A lookup backend knows nothing but these."""
-
-    name: str
-    num_rows: int
-    width: int
-    precision: str = "fp32"
-
-    @property
-    def shared(self) -> bool:
-        """Whether id spaces share it; the names of such tables start with "@"."""
-        return self.name.startswith("@")
-
-    @property
-    def shape(self) -> str:
-        """For people: "1000 x 16 fp32"."""
-        return f"{self.num_rows} x {self.width} {self.precision}"
-
-    @property
-    def nbytes(self) -> int:
-        """Serving bytes: the matrix as a bundle stores it, without any padding a training kernel may want."""
-        return self.num_rows * PRECISIONS[self.precision].row_bytes(self.width)
 
 
 @dataclass(frozen=True)
@@ -100,37 +52,6 @@ class Spec:
     def dense_bytes_of(self, spaces: Sequence[Feature]) -> int:
         """Serving bytes of the dense tables of many spaces."""
         return sum(map(self.dense_bytes, spaces))
-
-
-BYTES = {"float32": 4, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """An array of an encoding beside its tables: a projection, a row map, codes. It counts in full.
-
-    Args:
-        shape: of the array.
-        dtype: "float32" for what is trained; an integer type of BYTES for what is looked up.
-        std: standard deviation of the first values of a trained array.
-        mean: their mean.
-        part: what a report calls these bytes.
-        serving: False for what only training needs (counters): saved in checkpoints, but no serving bytes.
-        relative: whether `std` is in units of the standard deviation asked for composed vectors.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    std: float = 0.0
-    mean: float = 0.0
-    part: str = "projections"
-    serving: bool = True
-    relative: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array, wherever they count."""
-        return math.prod(self.shape) * BYTES[self.dtype]
 
 
 class PartInit(NamedTuple):
@@ -348,76 +269,3 @@ class Solution:
         """Serving bytes of tables and arrays."""
         arrays = sum(a.nbytes for encoding in self.encodings for a in encoding.arrays().values() if a.serving)
         return sum(table.nbytes for table in self.tables) + arrays
-
-
-Choose = Callable[[Feature, int], Solution]
-
-
-def fill(spaces: Sequence[Feature], budget: int | None, spec: Spec, method: str, choose: Choose) -> Solution:
-    """Shares a budget between id spaces in proportion to their dense bytes, then spends what rounding left over.
-
-    Args:
-        spaces: the id spaces.
-        budget: bytes; None gives every space its dense bytes.
-        spec: dimension and precision, which say what a dense table takes.
-        method: for the error message.
-        choose: (space, target bytes) -> the largest solution for this one space of at most `target` bytes, or its
-            smallest solution if nothing is that small. More target bytes never give a solution smaller by a row.
-
-    Raises:
-        InfeasibleBudget: when the smallest solutions together exceed the budget.
-    """
-    dense = [spec.dense_bytes(space) for space in spaces]
-
-    def shared(share: float) -> list[Solution]:
-        return [choose(space, int(share * size)) for space, size in zip(spaces, dense, strict=True)]
-
-    if budget is None:
-        return _merged(shared(1.0))
-    chosen = shared(0.0)
-    smallest = sum(one.nbytes for one in chosen)
-    if smallest > budget:
-        raise infeasible(method, budget, smallest)
-    low, high = 0.0, 1.0
-    if sum(one.nbytes for one in shared(high)) <= budget:
-        return _merged(shared(high))
-    for _ in range(60):
-        middle = (low + high) / 2
-        tried = shared(middle)
-        if sum(one.nbytes for one in tried) <= budget:
-            low, chosen = middle, tried
-        else:
-            high = middle
-    # Small spaces first: making them exact costs least. Where a large step is left over, large spaces first.
-    by_size = sorted(range(len(spaces)), key=lambda i: (dense[i], spaces[i].name))
-    first = _topped_up(chosen, by_size, spaces, budget, choose)
-    if sum(one.nbytes for one in first) >= 0.9 * budget:
-        return _merged(first)
-    second = _topped_up(chosen, by_size[::-1], spaces, budget, choose)
-    return _merged(max(first, second, key=lambda each: sum(one.nbytes for one in each)))
-
-
-def _topped_up(
-    chosen: Sequence[Solution], order: Sequence[int], spaces: Sequence[Feature], budget: int, choose: Choose
-) -> list[Solution]:
-    """Offers what is left of the budget to one space after the other."""
-    grown = list(chosen)
-    left = budget - sum(one.nbytes for one in chosen)
-    for i in order:
-        larger = choose(spaces[i], grown[i].nbytes + left)
-        left -= larger.nbytes - grown[i].nbytes
-        grown[i] = larger
-    return grown
-
-
-def _merged(parts: Sequence[Solution]) -> Solution:
-    return Solution([e for part in parts for e in part.encodings], [t for part in parts for t in part.tables])
-
-
-def infeasible(method: str, budget: int, smallest: int) -> InfeasibleBudget:
-    """The error for a budget below the smallest size a method can reach."""
-    return InfeasibleBudget(
-        f"method {method!r} cannot fit into {format_bytes(budget)} ({budget} bytes): its smallest form needs "
-        f"{format_bytes(smallest)} ({smallest} bytes); raise the budget or choose a method that compresses further",
-        smallest,
-    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from embtab.methods.base import Array, ArraySpec, require
+from embtab.methods.base import Array, require
+from embtab.methods.storage import ArraySpec
 
 WORD = 64
 

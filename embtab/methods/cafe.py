@@ -36,18 +36,10 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import (
-    Array,
-    ArraySpec,
-    Encoding,
-    LiveTable,
-    PartInit,
-    Solution,
-    Spec,
-    fill,
-    require,
-)
+from embtab.methods.base import Array, Encoding, LiveTable, PartInit, Solution, Spec, require
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
+from embtab.methods.storage import ArraySpec
 
 SLOTS = 4  # of a bucket
 CELLS = 8  # of each row of the sketch, per slot

@@ -36,19 +36,10 @@ from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows
 from embtab.kmeans import group_means, kmeans, nearest
-from embtab.methods.base import (
-    Array,
-    ArraySpec,
-    Encoding,
-    LiveTable,
-    PartInit,
-    Solution,
-    Spec,
-    fill,
-    require,
-    require_hashable,
-)
+from embtab.methods.base import Array, Encoding, LiveTable, PartInit, Solution, Spec, require, require_hashable
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
+from embtab.methods.storage import ArraySpec
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from embtab.features import Feature
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, infeasible
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec
+from embtab.methods.solver import infeasible
 
 
 @dataclass(frozen=True)

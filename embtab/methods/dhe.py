@@ -34,8 +34,10 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import hash_rows, seed_of
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill, require
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
+from embtab.methods.storage import ArraySpec
 
 BUCKETS = 1_000_000
 SLOPE = 0.01  # of the activation below zero

@@ -25,8 +25,9 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill, require, require_hashable
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require, require_hashable
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
 
 HOT_WITHOUT_COUNTS = 0.5
 """The share of rows for hot ids where nothing is known of their frequency."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill, require_hashable
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require_hashable
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
 
 
 @dataclass(frozen=True)

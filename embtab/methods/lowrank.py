@@ -22,8 +22,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from embtab.features import Feature
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
+from embtab.methods.storage import ArraySpec
 
 
 @dataclass(frozen=True)

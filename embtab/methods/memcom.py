@@ -22,8 +22,10 @@ from torch import Tensor
 
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill, require_hashable
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require_hashable
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
+from embtab.methods.storage import Table
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,10 @@ from torch import Tensor
 
 from embtab.errors import UserError, shown
 from embtab.features import Feature
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, infeasible, require
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require
 from embtab.methods.dense import Dense, dense_solution
+from embtab.methods.solver import infeasible
+from embtab.methods.storage import ArraySpec
 
 ENOUGH = 0.99
 """The share of the budget beyond which the solver stops looking for a use of what is left."""

@@ -29,8 +29,10 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows, seed_of
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill, require, require_hashable
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require, require_hashable
 from embtab.methods.dense import dense_solution, shared_budget
+from embtab.methods.solver import fill
+from embtab.methods.storage import Table
 
 
 @dataclass(frozen=True)

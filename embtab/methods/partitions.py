@@ -31,8 +31,9 @@ from torch import Tensor
 
 from embtab.errors import UserError, shown
 from embtab.features import Feature
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill, require
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
 
 KINDS = ("radix", "crt")
 OPS = ("concat", "sum", "product")

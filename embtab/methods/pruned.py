@@ -27,9 +27,11 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.methods import bitmap as bitmaps
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill, require
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require
 from embtab.methods.bitmap import bitmap, locate, some, specs
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
+from embtab.methods.storage import ArraySpec
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from embtab.features import Feature
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, fill, require
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require
 from embtab.methods.dense import dense_solution
 from embtab.methods.partitions import combined, part_std, part_width
+from embtab.methods.solver import fill
 
 
 @dataclass(frozen=True)

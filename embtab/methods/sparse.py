@@ -29,8 +29,10 @@ from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS
 from embtab.methods import bitmap as bitmaps
-from embtab.methods.base import Array, ArraySpec, Encoding, PartInit, Solution, Spec, fill, require
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
+from embtab.methods.storage import ArraySpec
 
 FORMS = ("bitmap", "csr")
 

@@ -28,8 +28,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from embtab.features import Feature
-from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, Table, fill, require
+from embtab.methods.base import Array, Encoding, PartInit, Solution, Spec, require
 from embtab.methods.dense import dense_solution
+from embtab.methods.solver import fill
+from embtab.methods.storage import Table
 
 Three = tuple[int, int, int]
 

@@ -29,7 +29,8 @@ from embtab.fused import FusedOptimizer, Optimizer
 from embtab.lookup.base import Lookup, Request, padded
 from embtab.lookup.fbgemm import scale_of
 from embtab.lookup.init import BLOCK, Draw
-from embtab.methods.base import Encoding, Table
+from embtab.methods.base import Encoding
+from embtab.methods.storage import Table
 from embtab.sharding.adaptive import everyones, reorganise
 from embtab.sharding.batches import Questions, slots_of
 from embtab.sharding.modules import bags_of, ids_of, torchrec_modules

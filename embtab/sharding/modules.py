@@ -12,7 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from embtab.errors import UserError
 from embtab.lookup.base import padded
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 from embtab.sharding.placement import Kinds, codes
 
 

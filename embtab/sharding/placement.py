@@ -20,7 +20,7 @@ from torchrec.distributed.types import ShardingPlan
 from embtab.errors import UserError
 from embtab.fused import Optimizer
 from embtab.lookup.base import padded
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 from embtab.sizes import format_bytes
 
 KINDS = ("table_wise", "row_wise", "row_wise_ids", "column_wise", "data_parallel")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from embtab.fused import FusedOptimizer
 from embtab.lookup.base import Request
 from embtab.lookup.torch import TorchLookup
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 
 
 class Replicas(TorchLookup):

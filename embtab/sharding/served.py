@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embtab.lookup.base import padded
 from embtab.lookup.init import BLOCK
-from embtab.methods.base import Table
+from embtab.methods.storage import Table
 from embtab.quantise import served
 
 
