@@ -17,7 +17,7 @@ from embtab.files import hidden, new_folder
 from embtab.reader import Bundle, golden
 from embtab.reader.delta import CHANGES, FORMAT, VERSION, changes, described
 from embtab.reader.manifest import write_signed
-from embtab.tables.collections import Collection
+from embtab.tables.base import Collection
 
 
 def save_delta(

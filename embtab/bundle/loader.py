@@ -12,7 +12,7 @@ import torch
 from embtab.planning.stored import plan_of
 from embtab.reader import Bundle
 from embtab.tables import EmbeddingBagCollection
-from embtab.tables.collections import Collection
+from embtab.tables.base import Collection
 
 C = TypeVar("C", bound=Collection)
 

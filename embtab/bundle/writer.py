@@ -33,7 +33,7 @@ from embtab.reader.manifest import CONFIG, write_signed
 from embtab.reader.read import VOCABULARY, physical
 from embtab.reader.schema import FORMAT, VERSION, open_tensors, read_config, tensor_specs
 from embtab.tables import EmbeddingBagCollection
-from embtab.tables.collections import Collection
+from embtab.tables.base import Collection
 
 PROGRAM = "tables.onnx"
 MAX_FILE_BYTES = 2_000_000_000

@@ -27,7 +27,7 @@ from embtab.planning import Plan
 from embtab.reader import BundleError
 from embtab.reader.schema import map_tensors
 from embtab.tables import EmbeddingBagCollection
-from embtab.tables.collections import Collection
+from embtab.tables.base import Collection
 
 PARQUET_ROWS = 8192  # read at a time
 TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin", ".model")

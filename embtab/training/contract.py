@@ -16,7 +16,7 @@ from torch import nn
 
 from embtab.errors import UserError
 from embtab.fused import fused_optimizers
-from embtab.tables.collections import Collection
+from embtab.tables.base import Collection
 from embtab.training.strategies import NAMES
 
 _OUTSIDE = 'or train the tables by an optimizer outside, with backend="torch"'

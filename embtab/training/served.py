@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from embtab.tables.collections import Collection
+from embtab.tables.base import Collection
 
 
 class ServedRows(L.Callback):

@@ -24,7 +24,7 @@ from embtab.fused import Optimizer, outer_parameters, with_tables
 from embtab.models.autoint import AutoInt
 from embtab.planning import Plan, plan
 from embtab.tables import EmbeddingBagCollection
-from embtab.tables.collections import Collection
+from embtab.tables.base import Collection
 from embtab.training import metrics
 from embtab.training.checkpoint import check_data, described, description
 from embtab.training.contract import TableContract
