@@ -25,9 +25,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm
 
 import embtab as et
-from embtab.commands.parser import read_option
 from embtab.planning import Plan
-from embtab.planning.specs import MethodSpec
+from embtab.planning.specs import MethodSpec, read_option
 from embtab.training.metrics import auc
 
 DIM, BATCH = 32, 4096

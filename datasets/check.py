@@ -16,7 +16,7 @@ from tqdm import tqdm
 from embtab.datasets.parquet import RowGroup, column_differences, first_null, read_footer
 from embtab.datasets.schema import SPLITS, Categorical, Dataset, PartFile
 from embtab.errors import DataError, UserError
-from embtab.features import id_spaces, read_counts, read_features
+from embtab.features import id_spaces, read_counts, read_features, vocabulary_path
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def check(folder: str | Path) -> list[Problem]:
         if isinstance(found, Problem):
             problems.append(found)
         elif seen.complete and name not in seen.wrong:
-            problems += _compare_counts(_vocabulary_path(folder, name), found, seen.counts[name])
+            problems += _compare_counts(vocabulary_path(folder, name), found, seen.counts[name])
     return problems
 
 
@@ -100,7 +100,7 @@ def _problem(path: Path, error: UserError, column: str | None = None) -> Problem
 
 def _unlisted(folder: Path, dataset: Dataset) -> Iterator[Problem]:
     listed = {folder / part.path for part in dataset.files}
-    vocabularies = {_vocabulary_path(folder, each.name) for each in dataset.features if not each.hashed}
+    vocabularies = {vocabulary_path(folder, each.name) for each in dataset.features if not each.hashed}
     for path in sorted(set(folder.rglob("*.parquet")) - listed - vocabularies):
         yield Problem(str(path), None, None, None, "is not listed in dataset.json; remove it or prepare the data again")
 
@@ -232,13 +232,9 @@ def _wrong_number(column: pa.ChunkedArray) -> Defect | None:
     return None
 
 
-def _vocabulary_path(folder: Path, name: str) -> Path:
-    return folder / "vocab" / f"{name}.parquet"
-
-
 def _vocabulary(folder: Path, feature: Categorical) -> NDArray[np.int64] | Problem:
     """How often each id occurs in the training split, as the vocabulary says, or why it says nothing."""
-    path = _vocabulary_path(folder, feature.name)
+    path = vocabulary_path(folder, feature.name)
     if not path.exists():
         message = "does not exist, so nothing knows how often ids occur; prepare the data again"
         return Problem(str(path), None, "count", None, message, warning=True)

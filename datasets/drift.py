@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from embtab.datasets.parquet import read_columns, row_groups
 from embtab.datasets.schema import Dataset
-from embtab.features import read_features
+from embtab.features import read_features, vocabulary_path
 
 _SHOWN = 5
 
@@ -25,7 +25,7 @@ def seen_counts(folder: Path) -> dict[str, NDArray[np.int64]]:
         DataError: when the folder is no prepared dataset, or a vocabulary cannot be read.
     """
     counts = {feature.name: feature.counts for feature in read_features(folder) if feature.counts is not None}
-    return {name: _without_shared(folder / "vocab" / f"{name}.parquet", known) for name, known in counts.items()}
+    return {name: _without_shared(vocabulary_path(folder, name), known) for name, known in counts.items()}
 
 
 def _without_shared(path: Path, counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from embtab.features import read_description
 from embtab.files import write_text
 
 SPLITS = ("train", "valid", "test")
+_PART = re.compile(rf"(?:{'|'.join(SPLITS)})/[^/\0]+\.parquet")
 ROW_GROUP_ROWS = 65_536  # larger groups read several times slower; smaller ones waste footer space
 
 
@@ -171,9 +173,12 @@ def _check(dataset: Dataset) -> None:
         for name in names:
             if not isinstance(name, str) or not name or names.count(name) > 1:
                 raise ValueError(f"{shown(name)} is no name, or is listed twice")
+    for column in dataset.features:
+        if "/" in column.name or "\0" in column.name:
+            raise ValueError(f"feature {shown(column.name)} cannot be the name of a file, which its vocabulary has")
     for path in paths:
-        if not path.startswith(tuple(f"{split}/" for split in SPLITS)):
-            raise ValueError(f"file {shown(path)} is in no split")
+        if not _PART.fullmatch(path):
+            raise ValueError(f"file {shown(path)} is no SPLIT/NAME.parquet ({', '.join(SPLITS)})")
     if dataset.user in (dataset.label, *dataset.dense, *lists):
         raise ValueError(f"the user column {dataset.user!r} must hold one whole number a row")
 

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from embtab.errors import UserError
+from embtab.files import NotPlainError, open_plain, replaced_file
 
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC")
 
@@ -47,10 +49,11 @@ def compiler(why: str) -> list[str]:
 def build(source: Path, why: str, *flags: str) -> ctypes.CDLL:
     """The library made of a file, from `$XDG_CACHE_HOME/embtab` (`~/.cache/embtab`) where it was made before.
 
-    A library there has the name of all that it depends on (source, flags, CXX and processor) and of its own content,
-    so that a damaged one is told. It appears at once and whole: processes may build at the same time and be killed
-    at any. No compiler is needed where it is there already. Where it cannot be kept, it is made for this process
-    alone, and a warning says so.
+    To load a library is to run it, so the folder and the library must be this user's (or root's) and writable by
+    nobody else. A library has the name of all that it depends on (source, flags, CXX and processor) and of its own
+    content, so that a damaged one is told. It appears at once and whole: processes may build at the same time and be
+    killed at any. No compiler is needed where it is there already. Where it cannot be kept, it is made for this
+    process alone, and a warning says so.
 
     `EMBTAB_MARCH` (x86-64-v3, say) names the processors that it is made for, instead of the one that it is made on.
 
@@ -67,19 +70,10 @@ def build(source: Path, why: str, *flags: str) -> ctypes.CDLL:
     name = f"{source.stem}-{_key(source, flags, march)}"
     try:
         folder = cache_folder()
-        return _kept(folder, name) or _made(source, why, flags, folder, name)
+        kept = _kept(folder, name)
     except OSError as error:
-        compiler(why)  # where there is none, that is what is wrong
-        warnings.warn(
-            f"{why} is compiled for this process alone, as it cannot be kept: {error}; "
-            "set XDG_CACHE_HOME to a folder that can be written to",
-            stacklevel=3,
-        )
-    try:
-        with tempfile.TemporaryDirectory(prefix="embtab-") as alone:
-            return _made(source, why, flags, Path(alone), name)
-    except OSError as error:
-        raise UserError(f"{why} could not be built: {error}") from None
+        return _made(source, why, flags, name, error)
+    return kept or _made(source, why, flags, name, folder)
 
 
 def cache_folder() -> Path:
@@ -98,28 +92,90 @@ def cache_folder() -> Path:
 
 
 def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
-    """The library that was made before, if it is whole; a damaged one is removed."""
+    """The library that was made before, if it is whole and nobody else could write to it; another one is removed.
+
+    Raises:
+        OSError: where the folder is not this user's own, or what is in it cannot be read.
+    """
+    if folder.exists():
+        _check_own(folder, folder.stat())
     for path in sorted(folder.glob(f"{name}-*.so")):
-        try:
-            whole = path.name == f"{name}-{_digest(path.read_bytes())}.so"
-        except FileNotFoundError:  # another process has removed it just now
-            continue
-        if whole:
-            return ctypes.CDLL(str(path))
+        loaded = _loaded(path, name)
+        if loaded is not None:
+            return loaded
         path.unlink(missing_ok=True)
     return None
 
 
-def _made(source: Path, why: str, flags: Sequence[str], folder: Path, name: str) -> ctypes.CDLL:
-    """The library, compiled and then put into a folder."""
+def _made(source: Path, why: str, flags: Sequence[str], name: str, place: Path | OSError) -> ctypes.CDLL:
+    """The library, compiled where nobody else can write; `place` is the folder to keep it in, or why there is none."""
     command = compiler(why)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as building:
-        made = Path(building) / "made.so"
-        _run(why, [*command, *flags, str(source), "-o", str(made)])
-        library = folder / f"{name}-{_digest(made.read_bytes())}.so"
-        made.replace(library)
-    return ctypes.CDLL(str(library))
+    try:
+        with tempfile.TemporaryDirectory(prefix="embtab-") as alone:
+            made = Path(alone) / f"{name}.so"
+            _run(why, [*command, *flags, str(source), "-o", str(made)])
+            try:
+                if isinstance(place, OSError):
+                    raise place
+                return _keep(place, name, made.read_bytes())
+            except (OSError, UserError) as error:
+                warnings.warn(
+                    f"{why} is compiled for this process alone, as it cannot be kept: {error}; "
+                    "set XDG_CACHE_HOME to a folder that you, and nobody else, can write to",
+                    stacklevel=4,
+                )
+            return ctypes.CDLL(str(made))
+    except OSError as error:
+        raise UserError(f"{why} could not be built: {error}") from None
+
+
+def _keep(folder: Path, name: str, library: bytes) -> ctypes.CDLL:
+    """Puts a library into the folder, from where it is loaded."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_own(folder, folder.stat())
+    path = folder / f"{name}-{_digest(library)}.so"
+    with replaced_file(path) as beside:
+        beside.chmod(0o755)
+        beside.write_bytes(library)
+    loaded = _loaded(path, name)
+    if loaded is None:
+        raise OSError(f"{path} is not what was written")
+    return loaded
+
+
+def _loaded(path: Path, name: str) -> ctypes.CDLL | None:
+    """The library in a file of that name, if the file is its user's own and whole.
+
+    What was looked at is what is run, even where others can exchange a folder above: it is loaded by its descriptor.
+    That stays open, for the system's loader takes two libraries of one name, and so of one number, for the same.
+    """
+    try:
+        opened = open_plain(path, os.O_RDONLY)
+    except (FileNotFoundError, NotPlainError):  # another process has removed it just now; a link or a pipe
+        return None
+    try:
+        _check_own(path, os.fstat(opened))
+        with os.fdopen(os.dup(opened), "rb") as file:
+            if path.name == f"{name}-{_digest(file.read())}.so":
+                library = ctypes.CDLL(f"/proc/self/fd/{opened}")
+                library._name = str(path)
+                return library
+    except PermissionError:
+        pass
+    os.close(opened)
+    return None
+
+
+def _check_own(path: Path, found: os.stat_result) -> None:
+    """Holds a file or folder to its owner, who is this user or root, and to its mode.
+
+    Raises:
+        PermissionError: where it is another's, or others may write to it.
+    """
+    if found.st_uid not in (os.geteuid(), 0):
+        raise PermissionError(f"{path} is another user's")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} can be written to by others (chmod go-w mends that)")
 
 
 def _key(source: Path, flags: Sequence[str], march: str) -> str:

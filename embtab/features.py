@@ -117,13 +117,24 @@ def read_features(path: str | Path, counts: bool = True) -> list[Feature]:
             features.append(Feature(entry["name"], entry["num_ids"], **options))
     except (AttributeError, KeyError, TypeError, UserError) as error:
         raise DataError(f"{folder / 'dataset.json'}: {error}; prepare the data again") from error
-    paths = {feature.name: folder / "vocab" / f"{feature.name}.parquet" for feature in features}
+    paths = {feature.name: vocabulary_path(folder, feature.name) for feature in features}
     return [
         replace(feature, counts=read_counts(paths[feature.name], feature.num_ids))
         if counts and not feature.hashed and paths[feature.name].exists()
         else feature
         for feature in features
     ]
+
+
+def vocabulary_path(folder: Path, feature: str) -> Path:
+    """Where a prepared dataset keeps what is known of a feature's ids.
+
+    Raises:
+        DataError: when the feature's name would lead elsewhere.
+    """
+    if "/" in feature or "\0" in feature:
+        raise DataError(f"{folder}: feature {shown(feature)}: a name with / is no file name; rename the column")
+    return folder / "vocab" / f"{feature}.parquet"
 
 
 def read_counts(path: Path, num_ids: int) -> np.ndarray:

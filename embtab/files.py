@@ -1,4 +1,8 @@
-"""Files that are either the old or the new, never half: write beside, rename into place."""
+"""Files that are either the old or the new, never half: write beside, rename into place.
+
+Other users may write where we do (the system's temporary files, a shared folder), so nothing is trusted by its name:
+what we write to was made by us under a name that nobody can foresee, and links, pipes and others' files are left alone.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,18 @@ import errno
 import fcntl
 import glob
 import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from embtab.errors import UserError, of_a_full_disk
+
+_HIDDEN = re.compile(r"\..*\.[0-9]+\.[a-z0-9_]{8,}\.tmp", re.DOTALL)  # as `hidden` and `scratch` name theirs
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -35,7 +44,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     A process that is killed leaves the old file or the new one at `path`, and perhaps a hidden one beside it, which the
     next one clears away.
     """
-    with hidden(path, Path.touch) as beside:
+    with hidden(path, _new_file) as beside:
         yield beside
         sync(beside)
         os.replace(beside, path)
@@ -86,7 +95,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def hidden(path: Path, make: Callable[..., None] = Path.mkdir) -> Iterator[Path]:
+def hidden(path: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Path]:
     """A hidden folder (or file) next to `path`, removed at the end; those of killed processes are removed at the start.
 
     It is locked while its process lives, so that one that can be locked is nobody's.
@@ -94,12 +103,12 @@ def hidden(path: Path, make: Callable[..., None] = Path.mkdir) -> Iterator[Path]
     Raises:
         UserError: when the disk is full, or nothing can be written there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     while True:
+        beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             clear(path.parent, glob.escape(path.name))
-            make(beside, exist_ok=True)
+            make(beside)
         except OSError as error:
             # mkdir says "File exists" where a file stands in its way.
             reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
@@ -117,6 +126,10 @@ def hidden(path: Path, make: Callable[..., None] = Path.mkdir) -> Iterator[Path]
                 raise UserError(f"{path}: cannot be written ({reason}); what was there is as it was") from error
             finally:
                 _remove(beside)
+
+
+def _new_file(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
 
 
 @contextmanager
@@ -142,13 +155,15 @@ def scratch() -> Iterator[Path]:
 def clear(folder: Path, name: str = "*") -> None:
     """Removes the hidden files and folders that killed processes left where they wrote `name`, a glob pattern."""
     for left in folder.glob(f".{name}.[0-9]*.tmp"):
-        with suppress(PermissionError), held(left, wait=False) as mine:  # others' are theirs to remove
-            if mine:
+        if not _HIDDEN.fullmatch(left.name):
+            continue
+        with suppress(OSError), held(left, wait=False) as mine:  # others' are theirs to remove
+            if mine and left.lstat().st_uid == os.geteuid():
                 _remove(left)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -156,21 +171,45 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def held(path: Path, wait: bool) -> Iterator[bool]:
-    """Locks a file or folder, and says whether it is there and this process's."""
+    """Locks a file or folder, and says whether it is there and this process's; links and pipes are nobody's."""
     try:
-        opened = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+        opened = open_plain(path, os.O_RDONLY)
+    except (FileNotFoundError, NotPlainError):
         yield False
         return
     try:
         fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there = os.path.samestat(os.fstat(opened), path.stat())
+        there = os.path.samestat(os.fstat(opened), path.lstat())
     except (BlockingIOError, FileNotFoundError):
         there = False
     try:
         yield there
     finally:
         os.close(opened)
+
+
+class NotPlainError(OSError):
+    """A link, a pipe or a device stands where a file or folder should."""
+
+
+def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
+    """Opens a regular file or a folder by its own name, as `os.open`; never waits, as a pipe without a writer would.
+
+    Raises:
+        NotPlainError: where something else stands there.
+        OSError: where it cannot be opened.
+    """
+    try:
+        opened = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe or socket that nobody reads
+            raise
+        raise NotPlainError(error.errno, "is a link, a pipe or a device", str(path)) from None
+    kind = os.fstat(opened).st_mode
+    if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
+        return opened
+    os.close(opened)
+    raise NotPlainError(errno.EINVAL, "is a link, a pipe or a device", str(path))
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -189,7 +228,11 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: when another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        opened = open_plain(folder / ".lock", os.O_WRONLY | os.O_CREAT)
+    except NotPlainError:
+        raise UserError(f"{folder / '.lock'}: is a link, a pipe or a device; remove it") from None
+    with os.fdopen(opened, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -131,6 +131,62 @@ def test_a_damaged_library_is_built_again_once(
     assert compiler.build(small, "a test").answer() == 42  # found, not built
 
 
+@pytest.mark.parametrize(
+    "what", ["folder of another", "folder open", "library of another", "library open", "link", "pipe"]
+)
+def test_a_library_that_others_could_have_written_is_never_loaded(
+    what: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler.build(small, "a test")
+    folder = tmp_path / "embtab"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (library,) = folder.iterdir()
+    whole, planted = library.read_bytes(), tmp_path / "planted"
+    source = tmp_path / "trap.cpp"
+    source.write_text(f"""
+#include <cstdio>
+extern "C" int answer() {{ return 13; }}
+static int ran = [] {{ return std::fclose(std::fopen("{planted}", "w")); }}();
+""")
+    trap = tmp_path / "trap.so"
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(trap)], check=True)
+    name = library.name.rpartition("-")[0]
+    library.unlink()
+    path = folder / f"{name}-{compiler._digest(trap.read_bytes())}.so"
+    shutil.copy(trap, path)
+    if what == "link":
+        path.unlink()
+        path.symlink_to(trap)
+    elif what == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif what.endswith("open"):
+        (folder if "folder" in what else path).chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(folder if "folder" in what else path, 12345, 12345)
+    else:
+        pytest.skip("only root can give a file away")
+    done = run(SMALL.format(str(small)), PATH=PATH, XDG_CACHE_HOME=str(tmp_path))
+    assert done.stdout == "42\n", done.stderr
+    assert not planted.exists()
+    if "folder" in what:
+        said = "is another user's" if "another" in what else "can be written to by others (chmod go-w mends that)"
+        assert f"it cannot be kept: {folder} {said}; set XDG_CACHE_HOME" in done.stderr
+    else:
+        assert [each.read_bytes() for each in folder.iterdir()] == [whole]
+
+
+def test_two_libraries_are_two(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's loader knows libraries by the names that it was given."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = tmp_path / "other.cpp"
+    other.write_text('extern "C" int answer() { return 43; }\n')
+    for _ in range(2):
+        assert [compiler.build(each, "a test").answer() for each in (small, other)] == [42, 43]
+    assert sorted(path.name[:5] for path in (tmp_path / "embtab").iterdir()) == ["other", "small"]
+
+
 def test_cxx_may_be_several_words(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrapper = tmp_path / "with space" / "wrapper"
     wrapper.parent.mkdir()

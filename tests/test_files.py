@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from embtab.errors import UserError, of_a_full_disk
-from embtab.files import new_folder, replaced_file, replaced_folder, scratch
+from embtab.files import clear, locked, new_folder, replaced_file, replaced_folder, scratch
 
 SCRATCH = """
 import os, signal, sys, tempfile
@@ -89,7 +90,7 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_file_is_the_old_or_the_new_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    (tmp_path / ".file.123.tmp").touch()  # a killed process's
+    (tmp_path / ".file.123.0123456789abcdef.tmp").touch()  # a killed process's
     with replaced_file(path) as beside:
         beside.write_text("mine")
         assert hidden(tmp_path) == [beside.name]
@@ -144,3 +145,83 @@ def test_temporary_folders_of_killed_processes_go_and_others_stay(tmp_path: Path
         subprocess.run([sys.executable, "-c", SCRATCH, str(tmp_path), "ends"], check=True)
         assert hidden(tmp_path) == [mine.name]
     assert os.listdir(tmp_path) == ["theirs"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to a folder", "link to nothing", "socket"])
+def test_what_others_put_among_temporary_files_neither_blocks_nor_is_followed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, victim = tmp_path / "tmp", tmp_path / "victim"
+    place.mkdir()
+    victim.mkdir()
+    (victim / "precious").touch()
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    for name in ("embtab", "out"):
+        trap = place / f".{name}.1.0123456789abcdef.tmp"
+        if kind == "pipe":
+            os.mkfifo(trap)
+        elif kind == "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(str(trap))
+        else:
+            trap.symlink_to({"pipe": tmp_path / "pipe", "folder": victim, "nothing": tmp_path / "no"}[kind.split()[-1]])
+    with scratch() as folder:
+        (folder / "file").touch()
+    with replaced_file(place / "out") as beside:
+        beside.write_text("mine")
+    with replaced_folder(place / "folder"):
+        pass
+    assert (place / "out").read_text() == "mine"
+    assert os.listdir(victim) == ["precious"]
+    assert sorted(os.listdir(place)) == [
+        ".embtab.1.0123456789abcdef.tmp",
+        ".out.1.0123456789abcdef.tmp",
+        *("folder", "out"),
+    ]
+
+
+def test_names_of_temporary_files_cannot_be_foreseen_and_what_is_there_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = set()
+    for _ in range(3):
+        with replaced_file(tmp_path / "out") as beside:
+            names.add(beside.name)
+    assert len(names) == 3
+    monkeypatch.setattr("secrets.token_hex", lambda _: "0123456789abcdef")
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / f".out.{os.getpid()}.0123456789abcdef.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=r"out: cannot be written"), replaced_file(tmp_path / "out"):
+        pytest.fail("a link stands there")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_only_what_is_named_as_ours_and_is_ours_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".out.1.tmp").mkdir()
+    (tmp_path / ".out.2024.report.tmp").touch()
+    (tmp_path / ".out.1.0123456789abcdef.tmp").mkdir()
+    owner = os.geteuid()
+    monkeypatch.setattr("os.geteuid", lambda: owner + 1)
+    clear(tmp_path)
+    assert len(hidden(tmp_path)) == 3
+    monkeypatch.undo()
+    clear(tmp_path)
+    assert sorted(hidden(tmp_path)) == [".out.1.tmp", ".out.2024.report.tmp"]
+
+
+def test_a_lock_is_no_link_and_no_pipe(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=r"\.lock: is a link"), locked(tmp_path):
+        pytest.fail("a link stands there")
+    assert (tmp_path / "victim").read_text() == "precious"
+    (tmp_path / ".lock").unlink()
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"\.lock: is a link, a pipe"), locked(tmp_path):
+        pytest.fail("a pipe stands there")
+    (tmp_path / ".lock").unlink()
+    with locked(tmp_path), pytest.raises(UserError, match="another process is writing here"), locked(tmp_path):
+        pytest.fail("it is held")

@@ -128,4 +128,4 @@ def test_a_program_has_inputs_of_any_name(tmp_path: Path) -> None:
     tables = et.EmbeddingBagCollection(et.plan(features("q\"uo'te", "*"), "hash", "0.3x", dim=4))
     et.save(tables, tmp_path / "bundle")
     main(["export", str(tmp_path / "bundle"), str(tmp_path / "program"), "--format", "onnx"])
-    main(["verify", str(tmp_path / "program")])
+    main(["verify", str(tmp_path / "program"), "--run"])

@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 from embtab.errors import UserError
-from embtab.reader import read as reader
+from embtab.reader.read import read as reader
 
 BACKENDS = ["torch", "fbgemm", "native"]
 NAMES = [feature.name for feature in FEATURES]

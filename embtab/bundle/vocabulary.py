@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embtab.errors import UserError
+from embtab.features import vocabulary_path
 from embtab.planning import Plan
 
 Vocabulary = Mapping[str, Sequence[str | None]] | str | Path
@@ -43,7 +44,7 @@ def _of_dataset(folder: Path, plan: Plan) -> dict[str, list[str | None]]:
 
     found: dict[str, list[str | None]] = {}
     for feature in plan.features:
-        path = folder / "vocab" / f"{feature.name}.parquet"
+        path = vocabulary_path(folder, feature.name)
         if path.exists() and "value" in pq.read_schema(path).names:
             found[feature.name] = pq.read_table(path, columns=["value"])["value"].to_pylist()
     if not found:

@@ -209,9 +209,10 @@ def _part(arguments: argparse.Namespace) -> str:
 
 def _say_written(path: Path, kind: str = "bundle") -> None:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    checked = ("bundle", "onnx", "aoti")
     print(
         f"{path}: {format_bytes(size)}"
-        + (f"; check it with `embtab verify {path}`" if kind in ("bundle", "onnx", "aoti") else "")
+        + (f"; check it with `embtab verify {path}{'' if kind == 'bundle' else ' --run'}`" if kind in checked else "")
     )
 
 

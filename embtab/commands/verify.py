@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embtab.errors import UserError
+from embtab.errors import UserError, listed
 
 if TYPE_CHECKING:
     from embtab.reader import Bundle
     from embtab.reader.golden import Answer
+
+_TRUST = "a program is code; add --run if you trust whoever made it"
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -25,23 +27,33 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="apply this delta first; repeat in order of their making",
     )
+    parser.add_argument(
+        "--run",
+        dest="run_programs",
+        action="store_true",
+        help="also run the exported programs (ONNX, AOTInductor) that lie there: code, so only from whom you trust",
+    )
     parser.set_defaults(run=_verify)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     if _is_program(arguments.bundle) and not arguments.delta:
-        _verify_program(arguments.bundle)
+        _verify_program(arguments.bundle, arguments.run_programs)
         return
     from embtab.reader import Bundle, golden
 
     opened = Bundle(arguments.bundle, deltas=arguments.delta)
-    found = {name: golden.differences(opened, answer) for name, answer in _decoders(opened).items()}
+    answers = _decoders(opened)
+    program = None if arguments.delta else _program_inside(opened, arguments.run_programs)  # it holds the base's rows
+    if program is not None:
+        answers["onnx"] = program
+    found = {name: golden.differences(opened, answer) for name, answer in answers.items()}
     rows = [("feature", *found)]
     rows += [(feature, *(f"{found[name][feature][0]:.2g}" for name in found)) for feature in opened.features]
     print(table(rows))
     wrong = [f"{feature} by {name}" for name in found for feature, (_, fine) in found[name].items() if not fine]
     if wrong:
-        raise UserError(f"{arguments.bundle}: differs from its golden vectors: {', '.join(wrong)}")
+        raise UserError(f"{arguments.bundle}: differs from its golden vectors: {listed(wrong)}")
     print(f"{arguments.bundle}: all files are whole, and all differences within tolerance")
 
 
@@ -55,23 +67,42 @@ def _is_program(path: Path) -> bool:
     return b'"format": "embtab-program"' in config.read_bytes()
 
 
-def _verify_program(path: Path) -> None:
-    from embtab.serving.exported import Program
+def _verify_program(path: Path, run: bool) -> None:
+    from embtab.serving.program import Program
 
-    program = Program(path)
+    program = Program(path, load=run)
+    kind = program.config["kind"]
+    if not run:
+        program.golden()
+        print(f"{path}: all files are whole; the {kind} program was not run: {_TRUST}")
+        return
     worst, fine = program.difference()
-    print(f"{program.config['kind']}: largest difference {worst:.2g}")
+    print(f"{kind}: largest difference {worst:.2g}")
     if not fine:
         raise UserError(f"{path}: the program differs from its golden outputs by {worst:.2g}")
     print(f"{path}: all files are whole, and all differences within tolerance")
 
 
+def _program_inside(opened: Bundle, run: bool) -> Answer | None:
+    """What the ONNX program in a bundle's folder answers, where it has one that may be run."""
+    from embtab.serving.exported import golden_answers
+    from embtab.serving.program import name_inside, program_inside
+
+    if run:
+        program = program_inside(opened)
+        return None if program is None else golden_answers(program, opened.plan)
+    name = name_inside(opened)
+    if name is not None:
+        print(f"{opened.path / name} was not run: {_TRUST}")
+    return None
+
+
 def _decoders(opened: Bundle) -> dict[str, Answer]:
-    """Everything here that can decode the bundle."""
+    """Everything here that can decode the bundle from its data."""
     from embtab.bundle import load
     from embtab.bundle.writer import torch_answers
     from embtab.reader.golden import reader_answers
-    from embtab.serving.exported import eager, golden_answers, program_inside
+    from embtab.serving.exported import eager, golden_answers
     from embtab.serving.quantised import QuantisedTables
     from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
 
@@ -80,9 +111,7 @@ def _decoders(opened: Bundle) -> dict[str, Answer]:
     kind = EmbeddingCollection if sequences else EmbeddingBagCollection
     found = {"reader": reader_answers(opened)}
     found |= {backend: torch_answers(load(opened.path, backend, kind, deltas)) for backend in ("torch", "fbgemm")}
-    found["quantised"] = golden_answers(eager(QuantisedTables(opened, weighted=True)), opened.plan)
-    program = None if deltas else program_inside(opened)  # which holds the rows of the base
-    return found if program is None else {**found, "onnx": golden_answers(program, opened.plan)}
+    return {**found, "quantised": golden_answers(eager(QuantisedTables(opened, weighted=True)), opened.plan)}
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:

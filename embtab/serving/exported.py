@@ -24,10 +24,9 @@ from torch import Tensor
 from embtab import __version__
 from embtab.errors import UserError
 from embtab.files import new_folder
-from embtab.reader import Bundle, BundleError, golden
-from embtab.reader.manifest import CONFIG, check_files, need, read_signed, refused, write_signed
-from embtab.reader.schema import check_finite, map_tensors
-from embtab.serving.inputs import ONE_MORE, check, check_bags, check_ids, empty
+from embtab.reader import Bundle, golden
+from embtab.reader.manifest import write_signed
+from embtab.serving.inputs import ONE_MORE
 from embtab.serving.ranker import Ranker
 from embtab.serving.tables import ServedTables
 
@@ -267,94 +266,3 @@ def write_beside(bundle: Bundle, path: Path) -> None:
     module = ServedTables(bundle, weighted=True)
     example = made_inputs(module, 3, np.random.default_rng(0))
     kind.write(module, {name: torch.from_numpy(array) for name, array in example.items()}, path)
-
-
-def program_inside(bundle: Bundle) -> Run | None:
-    """The ONNX program in a bundle's folder, where it has one.
-
-    Raises:
-        BundleError: when it is not listed, or cannot be loaded.
-    """
-    programs = bundle.config.get("programs", {})
-    with refused(bundle.path / CONFIG):
-        name = programs.get("onnx")
-        need(name is None or name in bundle.config["files"], f"program {name!r} is not listed")
-    return None if name is None else _loaded("onnx", bundle.path / name)
-
-
-def _loaded(kind: str, path: Path) -> Run:
-    try:
-        return kind_of(kind).load(path)
-    except UserError:
-        raise
-    except Exception as error:  # runtimes have errors of their own
-        raise BundleError(f"{path}: cannot be loaded: {_line(error)}") from None
-
-
-class Program:
-    """An exported program, opened: its files compared with their digests before anything of it runs.
-
-    An AOTInductor package is machine code: run none that you did not make or do not trust, digests or not.
-
-    Args:
-        path: the folder that `export` or `embtab export --format onnx` wrote.
-
-    Raises:
-        BundleError: when it is damaged or not such a folder.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.config = read_signed(self.path, FORMAT, VERSION, "an exported program")
-        check_files(self.path, self.config, verify=True)
-        with refused(self.path / CONFIG):
-            need(self.config["kind"] in ("onnx", "aoti"), f"kind {self.config['kind']!r}")
-            need(self.config["program"] == kind_of(self.config["kind"]).FILE, f"program {self.config['program']!r}")
-            for file in (self.config["program"], self.config["golden"]["file"]):
-                need(file in self.config["files"], f"{file!r} is not listed")
-            for key in ("absolute", "relative"):
-                value = self.config["golden"][key]
-                need(isinstance(value, float) and 0 <= value < 1e3, f"golden: {key} {value!r}")
-            for key in ("inputs", "outputs"):
-                need(isinstance(self.config[key], dict) and self.config[key], f"{key} must be named")
-        self._run = _loaded(self.config["kind"], self.path / self.config["program"])
-
-    def run(self, inputs: Arrays) -> Arrays:
-        """The outputs by name.
-
-        Raises:
-            UserError: when an input is missing, or is not of the type or shape that `config` says, an id is out of
-                range, or offsets are not those of bags.
-        """
-        lengths = check(self.config["inputs"], inputs)
-        check_bags(self.config["inputs"], inputs)
-        nothing = empty(self.config["outputs"], lengths)
-        if nothing is not None:
-            return nothing
-        try:
-            return self._run(inputs)
-        except Exception as error:  # runtimes have errors of their own, which name no feature
-            check_ids(self.config["inputs"], inputs)
-            raise UserError(f"{self.path}: the program does not run: {_line(error)}") from None
-
-    def difference(self) -> tuple[float, bool]:
-        """The largest difference from the golden outputs, and whether all lie within tolerance.
-
-        Raises:
-            BundleError: when the golden file lacks an input or output, or the program does not run.
-        """
-        held = map_tensors(self.path / self.config["golden"]["file"])
-        check_finite(held, self.path)
-        try:
-            given = {name: held[name] for name in self.config["inputs"]}
-            expected = {name: held[name] for name in self.config["outputs"]}
-        except KeyError as error:
-            raise BundleError(f"{self.path}: no golden tensor {error}") from None
-        try:
-            return compared(self.run, given, expected, self.config["golden"])
-        except Exception as error:
-            raise BundleError(f"{self.path}: the program does not run: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or repr(error)

@@ -9,9 +9,35 @@ from typing import Any
 
 import numpy as np
 
-from embtab.errors import UserError
+from embtab.errors import UserError, shown
+from embtab.reader.manifest import is_int, need
 
 ONE_MORE = "batch + 1"
+DTYPES = ("float32", "int64")
+
+
+def check_described(described: Any, what: str) -> None:
+    """Inside `refused`: what config.json says of inputs or outputs can be read by all that follows.
+
+    Args:
+        described: `inputs` or `outputs` of a program's config.json.
+        what: which of them, for the message.
+    """
+    need(isinstance(described, dict) and described, f"{what} must be named")
+    for name, entry in described.items():
+        where = f"{what}: {shown(name)}"
+        need(isinstance(entry, dict) and entry.get("dtype") in DTYPES, f"{where} has no dtype of {', '.join(DTYPES)}")
+        shape, below, columns = entry.get("shape"), entry.get("below"), entry.get("features")
+        sizes = shape if isinstance(shape, list) and len(shape) in (1, 2, 3) else [None]
+        need(all(isinstance(n, str) or is_int(n, 0, 2**31) for n in sizes), f"{where}: shape {shown(shape)}")
+        many = columns is not None
+        need(not many or (isinstance(columns, list) and sizes[1:2] == [len(columns)]), f"{where}: features")
+        for each in columns or ():
+            need(isinstance(each, str), f"{where}: feature {shown(each)}")
+        bounds = below if many and below is not None else [below]
+        need(isinstance(bounds, list) and (not many or below is None or len(bounds) == len(columns)), f"{where}: below")
+        for each in bounds:
+            need(each is None or is_int(each, 1, 2**63), f"{where}: below {shown(each)}")
 
 
 def check(taken: Mapping[str, Mapping[str, Any]], given: Mapping[str, np.ndarray]) -> dict[str, int]:

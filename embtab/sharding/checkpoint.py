@@ -44,7 +44,7 @@ def save(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Non
     beside = folder.with_name(f".{folder.name}.tmp")
 
     def begin() -> None:
-        shutil.rmtree(beside, ignore_errors=True)
+        _remove(beside)
         beside.mkdir(parents=True)
 
     def end() -> None:
@@ -72,7 +72,7 @@ def _old(folder: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

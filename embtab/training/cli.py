@@ -202,7 +202,7 @@ class FitCLI(LightningCLI):
             yield
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with held(Path(folder), wait=False) as mine:
+        with held(Path(folder).resolve(), wait=False) as mine:
             if not mine:
                 raise UserError(f"{folder}: another run writes here; start this one again")
             for run in Path(folder).parent.glob("*/checkpoints") if self.trainer.loggers else ():

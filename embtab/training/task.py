@@ -26,6 +26,7 @@ from embtab.planning import Plan, plan
 from embtab.tables import EmbeddingBagCollection
 from embtab.tables.base import Collection
 from embtab.training import metrics
+from embtab.training.best import only_plain_paths
 from embtab.training.checkpoint import check_data, described, description
 from embtab.training.contract import TableContract
 from embtab.training.culprit import REMEDY, culprit, not_finite
@@ -184,7 +185,7 @@ class RankingTask(L.LightningModule):
         checkpoint["embtab"] = description(self._plan(), {**self._data(), **self.about})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint was made with the same plan, of the same data.
+        """Checks that the checkpoint was made with the same plan, of the same data, and names no files but its own.
 
         Raises:
             UserError: when it was not, or is not a checkpoint of this task.
@@ -199,6 +200,7 @@ class RankingTask(L.LightningModule):
         if not self.other_data:
             fingerprint = {**self._data(), **self.about}.get("fingerprint")
             check_data(entry["about"], fingerprint, "set other_data (--other_data true)")
+        only_plain_paths(checkpoint.get("callbacks"), self.trainer.ckpt_path)
         self._random_state = entry["random_state"]
 
     def on_train_start(self) -> None:

@@ -8,7 +8,7 @@ from chaos import Content
 
 from embtab.compare.results import TIMES, read_results
 from embtab.sequences import run as studies
-from embtab.serving.exported import Program
+from embtab.serving.program import Program
 from embtab.training.checkpoint import read_checkpoint
 
 

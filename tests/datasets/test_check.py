@@ -271,3 +271,34 @@ def test_more_ids_than_memory(folder):
     described["features"][0]["num_ids"] = 10**18
     (folder / "dataset.json").write_text(json.dumps(described))
     assert only(folder).message == f"has 10 rows but dataset.json says {10**18} ids"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "valid/../../secret/x.parquet",
+        "valid/a/../x.parquet",
+        "valid/..",
+        "valid/",
+        "/etc/x.parquet",
+        "valid/x\0.parquet",
+    ],
+)
+def test_files_outside_the_folder_are_refused(folder: Path, path: str) -> None:
+    described = json.loads((folder / "dataset.json").read_text())
+    (folder.parent / "secret").mkdir()
+    (folder / described["files"][0]["path"]).rename(folder.parent / "secret" / "x.parquet")
+    described["files"][0]["path"] = path
+    (folder / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match=r"dataset\.json: file .* is no SPLIT/NAME\.parquet"):
+        Dataset.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/x", "a\0b"])
+def test_features_whose_vocabulary_would_lie_outside_are_refused(folder: Path, name: str) -> None:
+    described = json.loads((folder / "dataset.json").read_text())
+    described["features"][0]["name"] = name
+    (folder / "dataset.json").write_text(json.dumps(described))
+    for read in (Dataset.load, read_features):
+        with pytest.raises(DataError, match="file"):
+            read(folder)

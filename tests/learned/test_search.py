@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 
 import embtab as et
 from embtab.compare.sweep import Sweep
-from embtab.compare.train import make_model
 from embtab.datasets import synthetic
 from embtab.errors import UserError
 from embtab.learned import LEARNED, Result, run, train_dense
@@ -28,6 +27,7 @@ from embtab.learned.stages import Stages, read
 from embtab.learned.supernet import Gate, Masked
 from embtab.learned.training import Data, Training
 from embtab.training.data import DataModule
+from embtab.training.setup import make_model
 from embtab.training.task import RankingTask
 
 QUICK: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from embtab.errors import UserError
 from embtab.reader import Bundle
 from embtab.serving import exported, one_row
 from embtab.serving.capture import captured
-from embtab.serving.exported import Program
+from embtab.serving.program import Program
 from embtab.serving.ranker import Ranker
 from embtab.serving.tables import ServedTables
 

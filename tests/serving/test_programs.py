@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fuzzing.structure import reseal
 from laws import CASES, Case
+from safetensors.numpy import load_file, save_file
 from serving.clean import assert_clean
 from serving.test_tables import bundle, largest
 from test_reader import mutated, put, sign, walk, write_signed
@@ -28,7 +31,7 @@ from embtab.models.din import DIN
 from embtab.models.events import ranks
 from embtab.reader import Bundle, BundleError
 from embtab.serving import exported
-from embtab.serving.exported import Program
+from embtab.serving.program import Program
 from embtab.serving.ranker import Ranker
 from embtab.serving.tables import ServedTables
 from embtab.training.checkpoint import description
@@ -250,7 +253,7 @@ def test_a_whole_ranker_becomes_onnx(sequences: bool, tmp_path: Path, capsys: py
     source, out = checkpoint(tmp_path, sequences), tmp_path / "out"
     _, error, code = answered(capsys, "export", source, out, "--format", "onnx", "--precision", "int8")
     assert code == 0, error
-    text, error, code = answered(capsys, "verify", out)
+    text, error, code = answered(capsys, "verify", out, "--run")
     assert code == 0, error
     assert text.startswith("onnx: largest difference")
     program = Program(out)
@@ -267,7 +270,7 @@ def test_a_whole_ranker_becomes_onnx(sequences: bool, tmp_path: Path, capsys: py
     assert (described["ids.item"]["below"], described["ids.user"]["below"]) == (90, None)
     assert_clean(out / "model.onnx")
     (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes() + b" ")
-    _, error, code = answered(capsys, "verify", out)
+    _, error, code = answered(capsys, "verify", out, "--run")
     assert (code, error.count("\n")) == (2, 1)
 
 
@@ -424,12 +427,16 @@ def test_a_bundle_may_hold_its_tables_as_onnx(tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "b"
     _, error, code = answered(capsys, "export", checkpoint(tmp_path), out, "--precision", "int4", "--onnx")
     assert code == 0, error
-    text, error, code = answered(capsys, "verify", out)
+    text, error, code = answered(capsys, "verify", out, "--run")
     assert code == 0, error
     assert text.split()[:6] == ["feature", "reader", "torch", "fbgemm", "quantised", "onnx"]
     assert_clean(out / Bundle(out).config["programs"]["onnx"])
+    text, error, code = answered(capsys, "verify", out)
+    assert (error, code) == ("", 0)
+    assert "was not run: a program is code; add --run" in text
+    assert " onnx" not in text.splitlines()[1]
     sign(out, put("gone.onnx", "programs", "onnx"))
-    _, error, code = answered(capsys, "verify", out)
+    _, error, code = answered(capsys, "verify", out, "--run")
     assert (code, "'gone.onnx' is not listed" in error) == (2, True)
 
 
@@ -500,6 +507,42 @@ def fuzz(original: Path, path: Path, rounds: int) -> None:
                 Program(path)
             assert "\n" not in str(caught.value)
         (path / name).write_bytes(content)
+
+
+def test_verify_runs_no_program_unless_asked(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A compiled program is loaded as a library is, and so runs: here one that leaves a trace."""
+    out, trace = tmp_path / "program", tmp_path / "ran"
+    shutil.copytree(original, out)
+    source = tmp_path / "trap.cpp"
+    source.write_text(
+        f'#include <cstdio>\nstatic int ran = [] {{ return std::fclose(std::fopen("{trace}", "w")); }}();'
+    )
+    (out / "model.onnx").unlink()
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "trap.so")], check=True)
+    with zipfile.ZipFile(out / "model.pt2", "w") as package:
+        package.write(tmp_path / "trap.so", "model/data/aotinductor/model/trap.wrapper.so")
+        package.writestr("model/archive_format", "pt2")
+        package.writestr("model/version", "0")
+        package.writestr("model/data/aotinductor/model/trap.wrapper_metadata.json", '{"AOTI_DEVICE_KEY": "cpu"}')
+
+    def compiled(config: dict[str, Any]) -> None:
+        config |= {"kind": "aoti", "program": "model.pt2"}
+
+    reseal(out, compiled)
+    text, error, code = answered(capsys, "verify", out)
+    assert (error, code) == ("", 0)
+    assert "all files are whole; the aoti program was not run: a program is code; add --run if you trust" in text
+    assert not trace.exists()
+    golden_file = dict(load_file(out / "golden.safetensors"))
+    save_file({name: tensor[:-1] for name, tensor in golden_file.items()}, out / "golden.safetensors")
+    reseal(out, lambda config: None)
+    _, error, code = answered(capsys, "verify", out)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "golden tensors: input" in error
+    assert not trace.exists()
+    _, error, code = answered(capsys, "verify", out, "--run")
+    assert (code, error.count("\n")) == (2, 1)
+    assert trace.exists(), error  # the trap is one
 
 
 def fuzz_signed(original: Path, path: Path, rounds: int) -> None:

@@ -122,8 +122,41 @@ def test_a_run_that_goes_on_keeps_the_best_checkpoint_so_far(config):
     assert kept.read_bytes() == best.read_bytes()
 
 
+@pytest.mark.parametrize("which", ["passwd", "link", "remote", "above"])
+def test_a_checkpoint_that_names_other_files_neither_copies_nor_removes_them(config, which):
+    """Lightning copies and removes what a checkpoint calls its earlier ones; only those beside it are."""
+    path = config(trainer__max_epochs=1)
+    assert main(["fit", "--config", path]) == 0
+    here, folder = Path.cwd(), Path("runs/fit/version_0/checkpoints")
+    (here / "victim").mkdir()
+    (here / "victim" / "precious").write_text("precious")
+    (folder / "link.ckpt").symlink_to(here / "victim" / "precious")
+    target = {
+        "passwd": "/etc/passwd",
+        "link": str((folder / "link.ckpt").absolute()),
+        "remote": f"local://{here}/victim",
+        "above": "runs/fit/version_1/checkpoints/../../../../victim",
+    }[which]
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    states = [state for state in content["callbacks"].values() if "best_model_path" in state]
+    assert len(states) == 2
+    for state in states:
+        mine = str((here / "runs/fit/version_1/checkpoints").absolute())
+        state |= {"best_model_path": target, "kth_best_model_path": target, "last_model_path": target}
+        state |= {"best_k_models": {target: torch.tensor(-1.0)}, "kth_value": torch.tensor(-1.0)}
+        state["dirpath"] = mine if which in ("remote", "above") else "elsewhere"
+    torch.save(content, folder / "last.ckpt")
+    more = ["--ckpt_path", str(folder / "last.ckpt"), "--trainer.max_epochs", "3"]
+    assert main(["fit", "--config", path, *more]) == 0
+    assert (here / "victim" / "precious").read_text() == "precious"
+    names = [each.name for each in Path("runs/fit/version_1/checkpoints").iterdir()]
+    assert len(names) == 2
+    assert "last.ckpt" in names
+    assert any(name.startswith("best-step") for name in names)
+
+
 def test_what_a_killed_run_left_half_is_cleared_and_a_run_that_lives_is_refused(config, capsys):
-    left, theirs = (Path(f"runs/fit/version_{run}/checkpoints/.last.ckpt.123.tmp") for run in (0, 1))
+    left, theirs = (Path(f"runs/fit/version_{run}/checkpoints/.last.ckpt.123.0123456789abcdef.tmp") for run in (0, 1))
     for path in (left, theirs):
         path.parent.mkdir(parents=True)
         path.touch()
