@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab import golden
+from embtab import golden, reader
 from embtab.reader import Bundle
 from embtab.signed import BundleError, config_digest, file_digest
 
@@ -84,6 +85,21 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bundle.lookup("user", np.arange(0, 500_000, 5000), np.array([0, 50, 100]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+
+
+WRONG_OFFSETS = [[0, 2, 1, 3], [0, 1, 2, 2], [0, 1, 2, 4], [1, 1, 2, 3], [0, -1, 2, 3], [0.0, 3.0], [[0, 3]], []]
+
+
+@pytest.mark.parametrize("offsets", WRONG_OFFSETS, ids=str)
+def test_offsets_that_are_not_those_of_bags_are_refused_by_both_lookups(original: Path, offsets: list) -> None:
+    bundle, ids = Bundle(original), np.array([1, 0, 2])
+    feature = next(entry["name"] for entry in bundle.plan["features"] if entry["pooling"] != "none")
+    for answer in (bundle.lookup, partial(reader.lookup, bundle.plan, bundle.tables)):
+        assert answer(feature, ids, np.array([0, 0, 3])).shape == (2, bundle.plan["dim"])
+        with pytest.raises(ValueError, match="offsets must"):
+            answer(feature, ids, np.array(offsets))
+        with pytest.raises(ValueError, match=r"weights must have shape \(3,\), one per id; got \(2,\)"):
+            answer(feature, ids, np.array([0, 3]), np.ones(2, np.float32))
 
 
 @pytest.mark.parametrize(("method", "precision"), [("dense", "fp32"), ("dense", "int4"), ("robe", "int8")])
