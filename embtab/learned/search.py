@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from embtab.learned.supernet import Gate, Masked, joined
 from embtab.learned.training import Training, measure
 from embtab.planning import Plan
 from embtab.specs import MethodSpec
+from embtab.text import csv_text
 from embtab.threads import one_thread
 
 
@@ -243,9 +242,6 @@ def _json(value: Any) -> str:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows({name: json.dumps(v) if isinstance(v, dict) else v for name, v in row.items()} for row in rows)
-    return text.getvalue()
+    printed = [{name: json.dumps(v) if isinstance(v, dict) else v for name, v in row.items()} for row in rows]
+    return csv_text(columns, printed)
