@@ -14,6 +14,7 @@ vectors instead of N. Where it is not (a product), each id is combined before ba
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ from embtab.planning import Plan
 from embtab.reminder import Reminder
 from embtab.unmade import Unmade
 from embtab.ways import JoinedRows, PerDistinctId, Way, joins, once, ways_of
+
+FLOAT = (
+    "this quantises no embtab tables, which stay float32: plan them with precision='int8' and serve what et.save "
+    "writes by embtab.serving.quantised.QuantisedCollection; or map their class to it (additional_mapping of "
+    "torchrec's quantize_embeddings, quantization_mapping of its quantize_inference_model)"
+)
 
 
 @dataclass(frozen=True)
@@ -270,6 +277,28 @@ class Collection(nn.Module):
                 'embtab.TorchRecStrategy, train them with backend="torch" under DistributedDataParallel, or set '
                 "per_process = True on the collection where each process has a model of its own"
             )
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch's quantisation is told of this module; torch sets and removes it.
+
+        Raises:
+            AttributeError: where nothing has been set.
+        """
+        try:
+            return self.__dict__["_qconfig"]
+        except KeyError:
+            raise AttributeError("qconfig") from None
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        if value is None:
+            warnings.warn(FLOAT, stacklevel=2)
+        self.__dict__["_qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        self.__dict__.pop("_qconfig", None)
 
     def pools(self, encoding: Encoding) -> bool:
         """Whether the lookup sums bags of an encoding's parts, or is asked for the parts of every id."""

@@ -21,10 +21,21 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embtab.bundle import plan_of
+from embtab.collections import Collection
 from embtab.errors import UserError
+from embtab.files import scratch
 from embtab.reader import Bundle
 from embtab.serving.stored import Stored
 from embtab.serving.tables import Group, Inputs, ServedTables, _cut, _weights
+
+_PRECISIONS = {
+    torch.int8: "int8",
+    torch.qint8: "int8",
+    torch.quint8: "int8",
+    torch.quint4x2: "int4",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
 
 
 class NBitTable(nn.Module):
@@ -124,6 +135,35 @@ class QuantisedCollection(nn.Module):
         self.is_sequence = any(entry["pooling"] == "none" for entry in opened.plan["features"])
         self.tables = QuantisedTables(opened, single=opened.features if self.is_sequence else ())
         self.features = list(self.tables.plan.features)
+
+    @classmethod
+    def from_float(cls, module: Collection) -> QuantisedCollection:
+        """Trained tables, quantised; torch's quantisation calls it where a mapping leads from their class to this one.
+
+            quantize_embeddings(
+                model,
+                torch.qint8,
+                inplace=True,
+                additional_qconfig_spec_keys=[et.EmbeddingBagCollection],
+                additional_mapping={et.EmbeddingBagCollection: QuantisedCollection},
+            )
+
+        Args:
+            module: whose `qconfig` says the type of weights: int8 (qint8, quint8), quint4x2, float16 or float32.
+
+        Raises:
+            UserError: for another type, types table by table, or rows that cannot be stored in it.
+        """
+        from embtab.bundle import save
+
+        if getattr(module.qconfig, "per_table_weight_dtype", None):
+            raise UserError("per_table_weight_dtype is not for embtab's tables, which are stored in one precision")
+        kind = module.qconfig.weight().dtype
+        if kind not in _PRECISIONS:
+            raise UserError(f"tables cannot be quantised to {kind}; there are {', '.join(map(str, _PRECISIONS))}")
+        with scratch() as folder:
+            save(module, folder / "bundle", precision=_PRECISIONS[kind])
+            return cls(folder / "bundle")
 
     @torch.no_grad()
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor | dict[str, JaggedTensor]:
