@@ -17,6 +17,7 @@ from embtab.datasets.parquet import RowGroup, column_differences, first_null, re
 from embtab.datasets.schema import SPLITS, Categorical, Dataset, PartFile
 from embtab.errors import DataError, UserError
 from embtab.features import id_spaces, read_counts, read_features, vocabulary_path
+from embtab.text import printable
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Problem:
         place += "" if self.row_group is None else f", row group {self.row_group}"
         place += "" if self.column is None else f", column {self.column!r}"
         place += "" if self.row is None else f", row {self.row}"
-        return f"{'warning: ' if self.warning else ''}{place}: {self.message}"
+        return printable(f"{'warning: ' if self.warning else ''}{place}: {self.message}")
 
 
 def check(folder: str | Path) -> list[Problem]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from embtab.datasets.parquet import read_columns, row_groups
 from embtab.datasets.schema import Dataset
 from embtab.features import read_features, vocabulary_path
+from embtab.text import printable
 
 _SHOWN = 5
 
@@ -68,4 +69,4 @@ def drift_line(folder: Path, split: str) -> str:
     absent = f"; no id at all: {', '.join(empty)}" if empty else ""
     unknown = [feature.name for feature in read_features(folder, counts=False) if feature.hashed]
     uncounted = f"; hashed, so not counted: {', '.join(unknown)}" if unknown else ""
-    return f"{split}: ids unseen or too rare in training: {said}{more}{absent}{uncounted}"
+    return printable(f"{split}: ids unseen or too rare in training: {said}{more}{absent}{uncounted}")

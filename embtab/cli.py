@@ -16,6 +16,7 @@ from embtab import __version__
 from embtab.commands import bench, build, bundle, compare, data, doctor, plan, search
 from embtab.commands.parser import Parser
 from embtab.errors import UserError, of_a_full_disk
+from embtab.text import printable
 
 TRAINING = {
     "fit": "train a ranker and its tables from a configuration (LightningCLI)",
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments = build_parser().parse_args(given)
             arguments.run(arguments)
     except UserError as error:
-        _fail(" ".join(str(error).splitlines()))  # a column's name, or what a library says, may hold line breaks
+        _fail(" ".join(str(error).splitlines()))  # what a library says may hold line breaks
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         _fail(f"{error.filename}: {reason}" if error.filename else reason)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _fail(message: str) -> NoReturn:
     """One line, and the exit code of mistakes."""
-    print(f"embtab: error: {message}", file=sys.stderr)
+    print(printable(f"embtab: error: {message}"), file=sys.stderr)
     sys.exit(2)
 
 

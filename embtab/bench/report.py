@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +11,7 @@ from embtab.bench.workload import Case
 from embtab.errors import UserError
 from embtab.files import write_text
 from embtab.plotting import pyplot, save_figure
+from embtab.text import csv_text
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,7 @@ def _number(value: float | None, scale: float, form: str) -> str:
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
     """Every result with all digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Result)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(each) for each in results)
-    write_text(path, text.getvalue())
+    write_text(path, csv_text([field.name for field in fields(Result)], map(asdict, results), "\n"))
 
 
 def plot(results: Sequence[Result], path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from embtab.hashing import MAX_ROWS, hash_rows
 from embtab.planning import Plan
+from embtab.text import fenced, markdown, printable
 
 _EXAMPLES = [(0, 0, 1000), (1, 0, 1000), (-1, 7, 1000), (2**63 - 1, -(2**63), MAX_ROWS), (2**53 + 1, 12345, 97)]
 
@@ -52,11 +53,15 @@ RULES: dict[str, Any] = {
 }
 
 
+def _facts(facts: Mapping[str, Any]) -> list[str]:
+    return [f"- {markdown(key)}: {markdown(json.dumps(value, ensure_ascii=False))}" for key, value in facts.items()]
+
+
 def model_card(plan: Plan, about: Mapping[str, Any]) -> str:
     """README.md of a bundle."""
     methods = ", ".join(sorted({encoding.method for encoding in plan.encodings.values()}))
-    facts = [f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in about["provenance"].items()]
-    quality = [f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in about["quality"].items()]
+    facts = _facts(about["provenance"])
+    quality = _facts(about["quality"])
     first = plan.features[0].name
     return "\n".join(
         [
@@ -70,9 +75,7 @@ def model_card(plan: Plan, about: Mapping[str, Any]) -> str:
             f"{len(plan.features)} features, vectors of {plan.dim} numbers, methods: {methods}. "
             f"{plan.nbytes} bytes where dense fp32 tables take {plan.dense_nbytes}.",
             "",
-            "```text",
-            plan.describe(),
-            "```",
+            *fenced(plan.describe()),
             "",
             "## Quality",
             "",
@@ -86,11 +89,11 @@ def model_card(plan: Plan, about: Mapping[str, Any]) -> str:
             "",
             "## Reading it",
             "",
-            "```python",
-            "from embtab.reader import Bundle  # NumPy only",
-            "",
-            f'vectors = Bundle("path/to/this/folder").vectors({first!r}, [0])',
-            "```",
+            *fenced(
+                "from embtab.reader import Bundle  # NumPy only\n\n"
+                f'vectors = Bundle("path/to/this/folder").vectors({printable(repr(first))}, [0])',
+                "python",
+            ),
             "",
             "`embtab verify` recomputes the golden vectors; `embtab inspect` shows what is inside. `config.json` holds",
             "the rules for a reader in any language, and embtab's docs/bundle.md explains them.",

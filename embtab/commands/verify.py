@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embtab.errors import UserError, listed
+from embtab.text import printable
 
 if TYPE_CHECKING:
     from embtab.reader import Bundle
@@ -125,7 +126,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     config = Bundle(arguments.bundle, verify=False).config
     plan = config["plan"]
-    print(f"{config['format']} version {config['version']}, written by {config['producer']}, {config['created']}\n")
+    written = f"written by {config['producer']}, {config['created']}"
+    print(printable(f"{config['format']} version {config['version']}, {written}") + "\n")
     rows = [("feature", "ids", "pooling", "method", "any int64", "tables")]
     for feature in plan["features"]:
         encoding = plan["encodings"][feature["id_space"] or feature["name"]]
@@ -150,11 +152,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
+    return "\n".join(printable(f"  {key}: {json.dumps(value, ensure_ascii=False)}") for key, value in facts.items())
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Left-aligned columns."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from embtab import text
 from embtab.compare.charts import Spec
 from embtab.compare.figure import Figure, Panel
 from embtab.compare.figures import figures
@@ -121,9 +122,9 @@ def write_report(report: Report, out: Path) -> str:
     for name, content in made.items():
         write_bytes(folder / name, content)
     write_text(out / "report.html", html(report))
-    text = markdown(report)
-    write_text(out / "report.md", text)
-    return text
+    made_text = markdown(report)
+    write_text(out / "report.md", made_text)
+    return made_text
 
 
 def _environment(escape: bool) -> Environment:
@@ -133,9 +134,17 @@ def _environment(escape: bool) -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=None if escape else _in_markdown,
     )
+    environment.filters["markdown"] = text.markdown
     environment.filters["json"] = _script_json
     return environment
+
+
+def _in_markdown(value: Any) -> Any:
+    from markupsafe import Markup
+
+    return value if isinstance(value, Markup) else text.markdown(value)
 
 
 def _script_json(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from embtab.compare.summary import Row
 from embtab.errors import UserError
 from embtab.files import write_text
+from embtab.text import csv_text, from_cell
 
 
 def read_rows(
@@ -39,17 +39,13 @@ def read_rows(
         reader = csv.DictReader(opened)
         if list(reader.fieldnames or ()) not in (list(columns), list(earlier)):
             raise UserError(f"{file}: not a results.csv of this comparison in this version; choose another --out")
-        rows = [{name: _parsed(row.get(name, ""), name in texts) for name in columns} for row in reader]
+        rows = [{name: _parsed(from_cell(row.get(name) or ""), name in texts) for name in columns} for row in reader]
     return {key(row): row for row in rows}
 
 
 def write_rows(file: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
     """Replaces the file in one step; numbers with all digits, what is nested as JSON."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows({name: printed(row[name]) for name in columns} for row in rows)
-    write_text(file, text.getvalue())
+    write_text(file, csv_text(columns, [{name: printed(row[name]) for name in columns} for row in rows]))
 
 
 def printed(value: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import sys
 from collections.abc import Mapping
@@ -19,6 +17,8 @@ from embtab.learned.registry import make
 from embtab.learned.search import Reference, run, train_dense
 from embtab.planning.specs import label
 from embtab.sizes import format_bytes
+from embtab.text import csv_text, markdown_row
+from embtab.text import markdown as md
 from embtab.training.setup import check_training, make_model
 
 COLUMNS = (
@@ -55,7 +55,7 @@ def search(sweep: Sweep, out: Path) -> str:
             except InfeasibleBudget as error:
                 refused = error
                 rows.append(_place(cell, folder) | {"status": f"infeasible: needs {error.min_bytes} bytes"})
-            write_text(out / "results.csv", _csv(rows))
+            write_text(out / "results.csv", csv_text(COLUMNS, rows))
         report = markdown(sweep, rows)
         write_text(out / "report.md", report)
     if refused is not None and all(row["status"] != "ok" for row in rows):
@@ -113,8 +113,8 @@ def markdown(sweep: Sweep, rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Searched tables",
         "",
-        f"Data: {Path(sweep.data).name}. Every row is within its budget, in the bytes of its serving form. The cost is "
-        "that of all stages, retraining included.",
+        f"Data: {md(Path(sweep.data).name)}. Every row is within its budget, in the bytes of its serving form. The "
+        "cost is that of all stages, retraining included.",
         "",
         "| " + " | ".join([*head, "seconds", "training bytes"]) + " |",
         "|" + "---|" * (len(head) + 2),
@@ -122,7 +122,7 @@ def markdown(sweep: Sweep, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         first = (row["method"], f"{row['budget']} {row['precision']}", row["seed"])
         cells = (row["status"], *[""] * 6) if row["status"] != "ok" else _told(row)
-        lines.append("| " + " | ".join(map(str, (*first, *cells))) + " |")
+        lines.append(markdown_row((*first, *cells)))
     return "\n".join(lines) + "\n"
 
 
@@ -136,11 +136,3 @@ def _told(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['seconds_in_dense_trainings']:.2f}",
         format_bytes(row["training_nbytes"]),
     )
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from embtab.convert.tt_svd import fit_cores
-from embtab.kmeans import kmeans, nearest
 from embtab.methods import Encoding
+from embtab.methods.kmeans import kmeans, nearest
 
 CHUNK = 2**17  # ids composed at a time
 CG_STEPS = 200

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from embtab.learned.training import Training, measure
 from embtab.planning import Plan
 from embtab.planning.specs import MethodSpec
 from embtab.tables import EmbeddingBagCollection
+from embtab.text import csv_text
 from embtab.threads import one_thread
 from embtab.training.setup import TrainingSetup
 
@@ -243,9 +242,6 @@ def _json(value: Any) -> str:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows({name: json.dumps(v) if isinstance(v, dict) else v for name, v in row.items()} for row in rows)
-    return text.getvalue()
+    printed = [{name: json.dumps(v) if isinstance(v, dict) else v for name, v in row.items()} for row in rows]
+    return csv_text(columns, printed)

@@ -165,6 +165,9 @@ class Lookup(NamedState):
         if names:
             raise UserError(f"{type(self).__name__} has no tables to freeze")
 
+    def join_pass(self) -> None:
+        """A backward pass within the present one is about to begin, and its steps are to be those of this one."""
+
     def everyones(self, ids: Tensor) -> Tensor:
         """The ids [N] of a batch; where several processes train these tables together, the ids of all."""
         return ids

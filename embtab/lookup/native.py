@@ -107,6 +107,11 @@ class NativeLookup(StackedLookup):
         sizes = torch.tensor([len(parameter) for parameter in listed])
         return _Update(self.fused, frozen.repeat_interleave(sizes))
 
+    def join_pass(self) -> None:
+        """A backward pass within the present one is about to begin, and its steps are to be those of this one."""
+        for stack in self._stacks.values():
+            stack.passing()
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """Second moments: [num_rows] for rowwise_adagrad, [num_rows, W] for adagrad, nothing for sgd."""
         if self.optimizer.name == "sgd":

@@ -35,9 +35,9 @@ from torch import Tensor
 from embtab.errors import UserError
 from embtab.features import Feature
 from embtab.hashing import MAX_ROWS, expected_collisions, hash_rows
-from embtab.kmeans import group_means, kmeans, nearest
 from embtab.methods.base import Array, Encoding, LiveTable, PartInit, Solution, Spec, require, require_hashable
 from embtab.methods.dense import dense_solution
+from embtab.methods.kmeans import group_means, kmeans, nearest
 from embtab.methods.solver import fill
 from embtab.methods.storage import ArraySpec
 

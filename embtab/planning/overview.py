@@ -10,6 +10,7 @@ from embtab.features import Feature
 from embtab.methods import METHODS
 from embtab.planning.planner import Plan, plan
 from embtab.sizes import format_bytes
+from embtab.text import printable
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def outlooks(
         except InfeasibleBudget as error:
             found.append(Outlook(name, None, f"infeasible: needs {format_bytes(error.min_bytes)}"))
         except UserError as error:
-            found.append(Outlook(name, None, str(error)))
+            found.append(Outlook(name, None, printable(str(error))))
     return found
 
 

@@ -20,6 +20,7 @@ from embtab.planning.budget import grouped, solve
 from embtab.planning.checks import MAX_DIM, check_plan, read_encoding, read_feature, read_table
 from embtab.planning.specs import MethodSpec, by_feature, named
 from embtab.sizes import format_bytes, parse_bytes
+from embtab.text import printable
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,13 @@ class Plan:
             own += [array.nbytes for array in encoding.arrays().values() if array.serving]
             size = format_bytes(sum(own)) if own else "shared"
             shape = " + ".join(table.shape for table in tables) or "no table"
-            rows.append((feature.name, f"{feature.num_ids}", encoding.method, f"{len(encoding.tables)}", shape, size))
+            name = printable(feature.name)
+            rows.append((name, f"{feature.num_ids}", encoding.method, f"{len(encoding.tables)}", shape, size))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"{table.name}: {format_bytes(table.nbytes)}" for table in self.tables.values() if table.shared]
+        lines += [
+            f"{printable(table.name)}: {format_bytes(table.nbytes)}" for table in self.tables.values() if table.shared
+        ]
         asked = "no budget" if self.budget is None else f"budget {format_bytes(self.budget)}"
         ratio = self.dense_nbytes / self.nbytes
         lines.append(

@@ -60,8 +60,14 @@ def lookup(
         ids: int64 [N].
         offsets: int64 [B + 1]; bag b holds ids[offsets[b]:offsets[b + 1]].
         weights: float32 [N], factors of the vectors; a mean still divides by the number of ids.
+
+    Raises:
+        ValueError: for offsets or weights that do not fit the ids.
+        As `vectors` otherwise.
     """
-    return pool(vectors(plan, tables, feature, ids), offsets, _feature(plan, feature)["pooling"], weights)
+    each, offsets = vectors(plan, tables, feature, ids), _integers(offsets, "offsets")
+    _refuse_misfits(len(each), offsets, weights)
+    return pool(each, offsets, _feature(plan, feature)["pooling"], weights)
 
 
 def pool(each: np.ndarray, offsets: np.ndarray, pooling: str, weights: np.ndarray | None = None) -> np.ndarray:
@@ -197,10 +203,7 @@ class Bundle:
         """
         each = self.vectors(feature, ids)
         offsets = np.arange(len(each) + 1) if offsets is None else _integers(offsets, "offsets")
-        if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(each) or (np.diff(offsets) < 0).any():
-            raise ValueError(f"offsets must rise from 0 to the {len(each)} ids")
-        if weights is not None and np.shape(weights) != (len(each),):
-            raise ValueError(f"weights must have shape ({len(each)},), one per id; got {np.shape(weights)}")
+        _refuse_misfits(len(each), offsets, weights)
         pooling = self._entry(feature)["pooling"]
         if pooling == "none" and (np.diff(offsets) != 1).any():
             raise ValueError(f"feature {feature!r} is not pooled; use vectors")
@@ -247,3 +250,11 @@ def _integers(values: Any, what: str) -> np.ndarray:
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise ValueError(f"{what} must be one row of integers; got {array.dtype} {array.shape}")
     return array.astype(np.int64)
+
+
+def _refuse_misfits(ids: int, offsets: np.ndarray, weights: np.ndarray | None) -> None:
+    """Raises ValueError for offsets or weights that are not those of so many ids."""
+    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != ids or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"offsets must rise from 0 to the {ids} ids")
+    if weights is not None and np.shape(weights) != (ids,):
+        raise ValueError(f"weights must have shape ({ids},), one per id; got {np.shape(weights)}")

@@ -10,6 +10,7 @@ from embtab.compare.statistics import LEVEL, Interval, difference, mean_interval
 from embtab.datasets.schema import Dataset
 from embtab.sequences.study import Study
 from embtab.sizes import format_bytes
+from embtab.text import markdown, markdown_row
 
 SHOWN = {"auc": "AUC", "gauc": "GAUC", "hr@10": "HR@10", "ndcg@10": "NDCG@10", "search_ndcg": "search NDCG@20"}
 Row = dict[str, Any]
@@ -23,7 +24,8 @@ def report(study: Study, dataset: Dataset, rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["budget"], row["arm"]), []).append(row)
-    lines = [_line(head), _line("---" if i < 3 else "---:" for i in range(len(head)))]
+    rule = "|".join("---" if i < 3 else "---:" for i in range(len(head)))
+    lines = [_line(head), f"|{rule}|"]
     for (method, budget, arm), own in groups.items():
         begin = [arm, method, "no limit" if budget == "none" else budget]
         ok = [row for row in own if row["status"] == "ok"]
@@ -40,10 +42,10 @@ def report(study: Study, dataset: Dataset, rows: Sequence[Row]) -> str:
         numbers += ["" if arm == reference else _gap(ok, other), f"{sum(row['seconds'] for row in ok) / len(ok):.0f}"]
         lines.append(_line([*begin, *numbers]))
     about = (
-        f"{dataset.name}: {dataset.rows('train'):,} training rows, {dataset.rows('test'):,} test rows. Means over "
-        f"seeds with Student's {LEVEL:.0%} intervals over seeds; the difference is paired by seed, and by resample of "
-        "the test set where these were kept: its interval holds both chances (two seeds give none). `bytes` are those "
-        "of all tables, `attention` those of the attention's own; `s` are seconds of a run."
+        f"{markdown(dataset.name)}: {dataset.rows('train'):,} training rows, {dataset.rows('test'):,} test rows. Means "
+        f"over seeds with Student's {LEVEL:.0%} intervals over seeds; the difference is paired by seed, and by "
+        "resample of the test set where these were kept: its interval holds both chances (two seeds give none). "
+        "`bytes` are those of all tables, `attention` those of the attention's own; `s` are seconds of a run."
     )
     best = f" The best possible AUC is {dataset.bayes['auc']:.4f}." if dataset.bayes else ""
     return "\n".join(["# Sequence models", "", about + best, "", *lines, ""])
@@ -74,4 +76,4 @@ def _printed(interval: Interval | None, form: str = ".4f") -> str:
 
 
 def _line(cells: Iterable[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    return markdown_row(cells)

@@ -9,20 +9,14 @@ scale, and may differ from the reader's in the last place. fbgemm pads widths to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchrec
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from embtab.errors import UserError
-from embtab.planning.stored import plan_of
-from embtab.reader import Bundle
 from embtab.serving.stored import Stored
 from embtab.serving.tables import Group, Inputs, ServedTables, _cut, _weights
 
@@ -48,7 +42,7 @@ class NBitTable(nn.Module):
         )
         self.kernel.initialize_weights()
         held, marks = self.kernel.split_embedding_weights(split_scale_shifts=stored.scales is not None)[0]
-        plain, own = _split(stored)
+        plain, own = split(stored)
         held.zero_()
         held[: len(plain), : plain.shape[1]] = plain
         if own is not None:
@@ -108,87 +102,7 @@ class QuantisedTables(ServedTables):
                 raise UserError(f"feature {feature.name!r}: id {int(own[bad][0])} is outside [0, {feature.num_ids})")
 
 
-class QuantisedCollection(nn.Module):
-    """A bundle as torchrec's quantised collections are called: a KeyedJaggedTensor in, vectors out.
-
-    Args:
-        bundle: an opened bundle, or its folder.
-
-    Returns a KeyedTensor with a vector of D numbers a feature; or, where the bundle holds histories (a feature whose
-    pooling is "none"), a dict of JaggedTensor with a vector per id.
-    """
-
-    def __init__(self, bundle: Bundle | str | Path) -> None:
-        super().__init__()
-        opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-        self.is_sequence = any(entry["pooling"] == "none" for entry in opened.plan["features"])
-        self.tables = QuantisedTables(opened, single=opened.features if self.is_sequence else ())
-        self.features = list(self.tables.plan.features)
-
-    @torch.no_grad()
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor | dict[str, JaggedTensor]:
-        """The vectors of every feature of the plan.
-
-        Raises:
-            UserError: when an id is out of range, or a feature is missing.
-        """
-        weights = features.weights_or_none()
-        given: dict[str, Tensor] = {}
-        for feature in self.features:
-            if feature.name not in features.keys():  # noqa: SIM118 (no dict)
-                raise UserError(f"feature {feature.name!r} is not in the batch; it has {', '.join(features.keys())}")
-            bags = features[feature.name]
-            given[f"ids.{feature.name}"] = bags.values().long()
-            given[f"offsets.{feature.name}"] = F.pad(bags.lengths().long().cumsum(0), (1, 0))
-            if weights is not None and not self.is_sequence:
-                given[f"weights.{feature.name}"] = bags.weights()
-        found = self.tables(given)
-        names = [feature.name for feature in self.features]
-        if not self.is_sequence:
-            return KeyedTensor(names, [self.tables.plan.dim] * len(names), torch.cat(list(found.values()), dim=1))
-        return {name: JaggedTensor(found[f"vectors.{name}"], lengths=features[name].lengths()) for name in names}
-
-
-def torchrec_collection(bundle: Bundle | str | Path) -> torchrec.quant.EmbeddingBagCollection:
-    """Torchrec's own quantised collection, on a bundle's rows as they are stored.
-
-    It reads one row per id, so it is for bundles whose id spaces are all dense; others are `QuantisedCollection`'s.
-
-    Args:
-        bundle: an opened bundle, or its folder; features are summed or averaged over bags.
-
-    Raises:
-        UserError: when a space is not dense, a feature is not pooled, two of one space are pooled differently, or the
-            width is none that the kernels have.
-    """
-    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    plan = plan_of(opened)
-    configs, weights = [], {}
-    for space, encoding in plan.encodings.items():
-        features = [feature for feature in plan.features if feature.space == space]
-        precision, pooling = plan.tables[encoding.tables[0]].precision, features[0].pooling
-        if encoding.method != "dense":
-            raise UserError(f"{space!r} is {encoding.method}: torchrec's collection reads only dense tables")
-        if any(feature.pooling != pooling for feature in features) or pooling == "none":
-            raise UserError(f"{space!r}: torchrec's collection needs one pooling for a table, sum or mean")
-        if plan.dim % (8 if precision == "int4" else 4):
-            raise UserError(f"a width of {plan.dim} is none of the kernels' in {precision}; take QuantisedCollection")
-        table = EmbeddingBagConfig(
-            name=space,
-            num_embeddings=plan.tables[encoding.tables[0]].num_rows,
-            embedding_dim=plan.dim,
-            feature_names=[feature.name for feature in features],
-            pooling=PoolingType.MEAN if pooling == "mean" else PoolingType.SUM,
-            data_type=DataType[precision.upper()],
-        )
-        configs.append(table)
-        weights[space] = _split(Stored.of([opened.tables[encoding.tables[0]]]))
-    return torchrec.quant.EmbeddingBagCollection(
-        configs, is_weighted=False, device=torch.device("cpu"), table_name_to_quantized_weights=weights, row_alignment=1
-    )
-
-
-def _split(stored: Stored) -> tuple[Tensor, Tensor | None]:
+def split(stored: Stored) -> tuple[Tensor, Tensor | None]:
     """uint8 [R, bytes] of rows, and uint8 [R, 4] of their scales and offsets, as the kernels take them."""
     plain = torch.from_numpy(np.ascontiguousarray(stored.rows)).view(torch.uint8)
     if stored.scales is None:

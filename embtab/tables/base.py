@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,12 @@ from embtab.methods.base import Encoding
 from embtab.planning import Plan
 from embtab.tables.blocks import Arrays, Block, bases_of, make_blocks
 from embtab.tables.reminder import Reminder
+
+FLOAT = (
+    "this quantises no embtab tables, which stay float32: plan them with precision='int8' and serve what et.save "
+    "writes by embtab.bundle.quantised.QuantisedCollection; or map their class to it (additional_mapping of "
+    "torchrec's quantize_embeddings, quantization_mapping of its quantize_inference_model)"
+)
 
 
 class Collection(nn.Module):
@@ -238,6 +245,28 @@ class Collection(nn.Module):
                 'embtab.TorchRecStrategy, train them with backend="torch" under DistributedDataParallel, or set '
                 "per_process = True on the collection where each process has a model of its own"
             )
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch's quantisation is told of this module; torch sets and removes it.
+
+        Raises:
+            AttributeError: where nothing has been set.
+        """
+        try:
+            return self.__dict__["_qconfig"]
+        except KeyError:
+            raise AttributeError("qconfig") from None
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        if value is None:
+            warnings.warn(FLOAT, stacklevel=2)
+        self.__dict__["_qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        self.__dict__.pop("_qconfig", None)
 
     def pools(self, encoding: Encoding) -> bool:
         """Whether the lookup sums bags of an encoding's parts, or is asked for the parts of every id."""

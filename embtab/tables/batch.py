@@ -29,11 +29,7 @@ class Cut:
     """
 
     def __init__(self, batch: KeyedJaggedTensor, names: Sequence[str]) -> None:
-        if batch.variable_stride_per_key() or batch.inverse_indices_or_none() is not None:
-            raise UserError(
-                "batches whose features have different numbers of bags (a stride per key, inverse_indices) are not "
-                "supported; give every feature a bag for every row"
-            )
+        check_form(batch)
         keys = {key: i for i, key in enumerate(batch.keys())}
         for name in names:
             if name not in keys:
@@ -137,6 +133,15 @@ class Cut:
         runs = _runs(tuple([self._keys[place] for place in places]))
         parts = [values[at(first) : at(stop)] for first, stop in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def check_form(batch: KeyedJaggedTensor) -> None:
+    """Raises UserError for a batch whose features have different numbers of bags."""
+    if batch.variable_stride_per_key() or batch.inverse_indices_or_none() is not None:
+        raise UserError(
+            "batches whose features have different numbers of bags (a stride per key, inverse_indices) are not "
+            "supported; give every feature a bag for every row"
+        )
 
 
 def _check_unique(keys: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from embtab.planning import Plan
 from embtab.tables.base import Collection, check_plan
 from embtab.tables.batch import Cut
 from embtab.tables.dispatch import JoinedRows, PerDistinctId, Way, joins, once, ways_of
+from embtab.tables.opaque import numbered, traced_vectors
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,13 @@ class EmbeddingBagCollection(Collection):
             if feature.pooling == "none":
                 raise UserError(f"feature {feature.name!r} has pooling 'none'; use EmbeddingCollection, or sum or mean")
         super().__init__(plan, backend, optimizer, init_std, device)
+        self.number = numbered(self)
         self.prepared: tuple[KeyedJaggedTensor, Asked, Sequence[Request]] | None = None
         """What a pipeline has worked out of a batch before its turn, see `embtab.sharding.pipeline`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = numbered(self)  # a copy is not the original
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """One vector per feature and bag.
@@ -98,6 +105,8 @@ class EmbeddingBagCollection(Collection):
 
     def vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """The same as [B, F, D], features in plan order."""
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return traced_vectors(self, self.number, features)
         self._remind()
         if self.prepared is not None and self.prepared[0] is features:
             (_, asked, requests), self.prepared = self.prepared, None
@@ -149,6 +158,7 @@ class EmbeddingCollection(Collection):
         """Never: the model asks for every id."""
         return False
 
+    @torch.compiler.disable(reason="how many vectors a feature gets depends on the batch; leave fullgraph=True out")
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """The vectors of every feature's ids, in their order.
 

@@ -92,7 +92,7 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 @contextmanager
-def bounded(how: str) -> Iterator[None]:
+def bounded(how: str, characters: int = 1500) -> Iterator[None]:
     """Holds a block to an answer or a `UserError` of one line, within two seconds of work and a gigabyte."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -102,7 +102,7 @@ def bounded(how: str) -> Iterator[None]:
         yield
     except UserError as error:
         assert "\n" not in str(error), how
-        assert len(str(error)) < 1500, how
+        assert len(str(error)) < characters, f"{how}: {error}"
     except BaseException as error:
         pytest.fail(f"{how}: {error!r:.500}", pytrace=True)
     finally:

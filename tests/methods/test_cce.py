@@ -10,8 +10,8 @@ from laws import single_ids, tables_of
 
 import embtab as et
 from embtab.errors import UserError
-from embtab.kmeans import group_means, kmeans, nearest
 from embtab.methods.cce import CCE
+from embtab.methods.kmeans import group_means, kmeans, nearest
 from embtab.reader import decoders
 
 CRITEO_LARGE = [10131227, 2202608, 8351593, 5461306, 7046547, 286181, 142572]

@@ -9,12 +9,13 @@ from laws import CASES, FEATURES, Bags, Case, adapted, single_ids
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
+from embtab.bundle.quantised import QuantisedCollection, torchrec_collection
 from embtab.errors import UserError
 from embtab.methods import PRECISIONS
 from embtab.reader import Bundle
 from embtab.serving import exported
 from embtab.serving.capture import captured
-from embtab.serving.quantised import QuantisedCollection, QuantisedTables, torchrec_collection
+from embtab.serving.quantised import QuantisedTables
 from embtab.serving.tables import ServedTables
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
