@@ -39,6 +39,8 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
     """
     from torch._inductor.utils import fresh_cache
 
+    from embtab.serving.guarded import checked
+
     program = captured(module, example)
     _put_in_memory(program.graph)
     one = None
@@ -57,6 +59,7 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
             scratch() as folder,
             torch._inductor.config.patch(settings),
             fresh_cache(dir=str(folder)),
+            checked(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # torch's, of its own parts
@@ -113,6 +116,8 @@ def load(path: Path) -> Run:
         tensors = []
         for name in taken:
             array = inputs[name]
+            if len(array) == 1:  # whose stride may be any, but is looked at
+                array = array.reshape(-1).reshape(array.shape)
             tensors.append(torch.from_numpy(array if array.flags.carray else array.copy()))
         return {name: output.numpy() for name, output in zip(names, loader.boxed_run(tensors), strict=True)}
 
