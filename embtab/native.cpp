@@ -65,7 +65,11 @@ enum Optimizer { SGD, ADAGRAD, ROWWISE_ADAGRAD };
 
 constexpr int64_t AHEAD = 16;        // rows between asking for one and needing it
 constexpr int64_t LINE = 64;         // bytes that come together
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t LARGE_PAGE = 8;  // so that nothing is past the end unseen
+#else
 constexpr size_t LARGE_PAGE = 1 << 21;
+#endif
 constexpr int64_t TOGETHER = 1 << 12;  // bags whose rows are looked at before any is read
 constexpr int64_t MANY = 1 << 20;    // bytes of vectors from which on they are not kept in the caches
 constexpr int64_t MOST_SUMS = 1 << 24;  // numbers of a table each of whose rows may have a sum of its own
@@ -365,7 +369,7 @@ class Kept {
     if (count <= count_) return false;
     std::free(memory_);
     memory_ = nullptr, count_ = 0;
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) / LARGE_PAGE + 1) * LARGE_PAGE;
+    const size_t bytes = ((static_cast<size_t>(count) * sizeof(T) - 1) / LARGE_PAGE + 1) * LARGE_PAGE;
     memory_ = static_cast<T *>(std::aligned_alloc(LARGE_PAGE, bytes));
     if (!memory_) throw std::bad_alloc();
     count_ = static_cast<int64_t>(bytes / sizeof(T));
