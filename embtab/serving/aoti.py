@@ -87,6 +87,7 @@ def _put_in_memory(graph: torch.fx.Graph) -> None:
             sizes = [graph.call_function(aten.sym_size.int, (values, 0)), *shape[1:]]
             copied = graph.call_function(aten.clone.default, (values,), {"memory_format": torch.contiguous_format})
             view = graph.call_function(aten.as_strided.default, (copied, sizes, strides))
+        view.meta = dict(node.meta)  # the shape of an output is read from it
         node.replace_all_uses_with(view)
         graph.erase_node(node)
 
