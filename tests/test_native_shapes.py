@@ -24,8 +24,9 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return int(request.param)
 
 
-def lookup(rows: int, width: int, name: str = "sgd") -> NativeLookup:
-    made = NativeLookup([Table("t", rows, width)], FusedOptimizer(Optimizer(name, LR)))
+def lookup(rows: int, width: int, name: str = "sgd", max_gradient: float | None = None) -> NativeLookup:
+    optimizer = Optimizer(name, LR, max_gradient=max_gradient)
+    made = NativeLookup([Table("t", rows, width)], FusedOptimizer(optimizer))
     made.table("t").copy_(torch.linspace(-1, 1, rows * width).view(rows, width))
     return made
 
@@ -80,6 +81,18 @@ def test_a_step_of_any_optimizer_leaves_other_rows_alone(width: int, name: str, 
         changed = (made.table("t") != before).all(dim=1)
         assert changed.nonzero().flatten().tolist() == list(range(0, 40, 2))
         assert torch.equal(made.table("t")[~changed], before[~changed])
+
+
+@pytest.mark.parametrize("rows", [4, 5000])
+@pytest.mark.parametrize("joining", JOININGS)
+def test_what_reaches_a_row_is_clamped_before_it_is_added_up(joining: str, rows: int, threads: int) -> None:
+    made = lookup(rows, 9, "sgd", max_gradient=0.5)
+    made.table("t").fill_(1.0)
+    ids = torch.tensor([[0, 1, 1], [2, 3, 3]])
+    joined = Joined(joining, torch.tensor([0]), (3, 1, 18 if joining == "concat" else 9))
+    (3 * made([Request(9, ids, None, joined=joined)])[0]).sum().backward()
+    expected = torch.tensor([0.95, 0.9, 0.95, 0.9])
+    torch.testing.assert_close(made.table("t")[:4], expected.unsqueeze(1).expand(4, 9))
 
 
 @pytest.mark.parametrize("joining", JOININGS)
