@@ -1,6 +1,7 @@
 """The native backend against NumPy, bit by bit, and against plain torch; with any number of threads; and its errors."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,47 @@ def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(UserError, match=r"a test could not be built.*wrong\.cpp.*error"):
         compiler.build(wrong, "a test")
     assert not (tmp_path / "embtab").exists()  # nothing half made
+
+
+STEP = """
+import os
+import torch
+from embtab import native_loop
+from embtab.fused import FusedOptimizer, Optimizer
+from embtab.lookup import Request
+from embtab.methods import Table
+from embtab.native import NativeLookup
+
+torch.set_num_threads(2)
+native_loop.WORTH_A_THREAD = 1
+lookup = NativeLookup([Table("t", 9, 8)], FusedOptimizer(Optimizer("sgd", 1.0)))
+
+
+def step():
+    lookup([Request(8, torch.arange(9), None)])[0].sum().backward()
+    return lookup.table("t").sum().item()
+
+
+"""
+
+
+def test_a_process_that_was_forked_trains_on() -> None:
+    """Threads do not come along; nobody waits for them."""
+    fork = "step()\nchild = os.fork()\nif not child:\n    os._exit(0 if step() == -144 else 3)\n"
+    fork += "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), step())\n"
+    done = subprocess.run([sys.executable, "-c", STEP + fork], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0", "-144.0"], done.stderr
+
+
+def test_a_compiler_without_openmp_makes_one_thread_and_a_warning(tmp_path: Path) -> None:
+    other = tmp_path / "g++"
+    other.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) echo none >&2; exit 1;; esac\nexec g++ "$@" -O0\n')
+    other.chmod(0o755)
+    environment = os.environ | {"CXX": str(other), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", STEP + "print(step())"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.stdout.split() == ["-72.0"], done.stderr
+    assert "the native backend runs in one thread, for it could not be built with OpenMP" in done.stderr
 
 
 def test_processes_that_build_at_the_same_time_share_one_library(tmp_path: Path) -> None:

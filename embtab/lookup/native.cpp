@@ -1,11 +1,12 @@
 // Lookups in stacked tables, and the optimizer's step on the rows that were read. Built and called by native.py.
 //
 // Memory is waited for as little as can be: rows are asked for before they are needed, each row that occurs is updated
-// once, vectors are made of their parts on the way and written where they are wanted. No function starts threads; each
-// does a part of the work, so that callers may run several, and every number comes out the same however many do. The
-// compiler must not fuse multiplications and additions (-ffp-contract=off), so that it does on every processor, too.
+// once, vectors are made of their parts on the way and written where they are wanted. Threads share the bags out, or the
+// rows, and every number comes out the same however many there are. The compiler must not fuse multiplications and
+// additions (-ffp-contract=off), so that it does on every processor, too.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -22,6 +23,8 @@
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
+
+#define INLINE __attribute__((always_inline))
 
 using std::int32_t;
 using std::int64_t;
@@ -65,9 +68,16 @@ enum Optimizer { SGD, ADAGRAD, ROWWISE_ADAGRAD };
 
 constexpr int64_t AHEAD = 16;        // rows between asking for one and needing it
 constexpr int64_t LINE = 64;         // bytes that come together
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t LARGE_PAGE = 8;  // so that nothing is past the end unseen
+#else
 constexpr size_t LARGE_PAGE = 1 << 21;
-constexpr int64_t TOGETHER = 1 << 12;  // bags whose rows are looked at before any is read
+#endif
+constexpr int64_t TOGETHER = 1 << 9;   // bags whose rows are looked at before any is read
 constexpr int64_t MANY = 1 << 20;    // bytes of vectors from which on they are not kept in the caches
+constexpr int64_t MOST_KEPT = 1 << 28;  // bytes that updates leave to the next ones, all together
+constexpr int64_t NOTED = 1 << 11;      // ids whose rows are noted before what reaches them is added up
+constexpr int64_t SAMPLES = 1 << 10;    // rows that say how many are read where
 constexpr int64_t MOST_SUMS = 1 << 24;  // numbers of a table each of whose rows may have a sum of its own
 
 // Has memory brought near. (Always inline: a compiler that looks at it alone finds that it does nothing.)
@@ -76,6 +86,15 @@ __attribute__((always_inline)) inline void ask(const float *numbers, int64_t wid
   const char *start = reinterpret_cast<const char *>(numbers);
   const int64_t bytes = width * static_cast<int64_t>(sizeof(float));
   for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(start + at, FOR_WRITING);
+}
+
+// Calls work(part) for each part, in as many threads as the pool gives: OpenMP's, which torch's kernels use, so that no
+// thread of theirs is in the way of ours. Without OpenMP one after the other.
+template <class Work>
+void in_threads(int64_t parts, Work work) {
+  if (parts == 1) return work(0);
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(parts))
+  for (int64_t part = 0; part < parts; part++) work(part);
 }
 
 // A number that the compiler knows, which makes loops of known length; W = 0 for one that it does not.
@@ -115,7 +134,7 @@ inline int64_t start_of(const Batch &batch, int64_t bag) { return batch.offsets 
 // Calls visit(id, stop, vector) for some bags, which hold the ids from .. stop, one feature after the other: as rows lie
 // in memory.
 template <class Visit>
-inline void each_bag(const Batch batch, int64_t from, int64_t to, Visit visit) {
+INLINE inline void each_bag(const Batch batch, int64_t from, int64_t to, Visit visit) {
   for (int64_t bag = from; bag < to;) {
     const int64_t feature = bag / batch.bags, last = std::min(to, (feature + 1) * batch.bags);
     int64_t vector = (bag - feature * batch.bags) * batch.across + batch.columns[feature];
@@ -129,8 +148,8 @@ inline void each_bag(const Batch batch, int64_t from, int64_t to, Visit visit) {
 
 // Calls visit(id, vector) for the ids of some bags.
 template <class Visit>
-inline void by_feature(const Batch batch, int64_t from, int64_t to, Visit visit) {
-  each_bag(batch, from, to, [=](int64_t id, int64_t stop, int64_t vector) {
+INLINE inline void by_feature(const Batch batch, int64_t from, int64_t to, Visit visit) {
+  each_bag(batch, from, to, [=](int64_t id, int64_t stop, int64_t vector) INLINE {
     for (; id < stop; id++) visit(id, vector);
   });
 }
@@ -170,6 +189,7 @@ inline Eight clamped(Eight numbers, float most) {
 
 template <class W>
 inline void add_clamped(float *sum, const float *row, float most, float weight, W width) {
+  if (most == INFINITY) return add(sum, row, weight, width);
   int64_t x = 0;
   for (; x + 8 <= width; x += 8) add_to(sum + x, weight * clamped(eight(row + x), most));
   for (; x < width; x++) sum[x] += weight * clamped(row[x], most);
@@ -365,7 +385,7 @@ class Kept {
     if (count <= count_) return false;
     std::free(memory_);
     memory_ = nullptr, count_ = 0;
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) / LARGE_PAGE + 1) * LARGE_PAGE;
+    const size_t bytes = ((static_cast<size_t>(count) * sizeof(T) - 1) / LARGE_PAGE + 1) * LARGE_PAGE;
     memory_ = static_cast<T *>(std::aligned_alloc(LARGE_PAGE, bytes));
     if (!memory_) throw std::bad_alloc();
     count_ = static_cast<int64_t>(bytes / sizeof(T));
@@ -375,6 +395,7 @@ class Kept {
   }
 
   void clear() { std::memset(static_cast<void *>(memory_), 0, static_cast<size_t>(count_) * sizeof(T)); }
+  int64_t bytes() const { return count_ * static_cast<int64_t>(sizeof(T)); }
   T *at(int64_t place) { return memory_ + place; }
   T &operator[](int64_t place) { return memory_[place]; }
 
@@ -384,8 +405,6 @@ class Kept {
 };
 
 inline uint64_t mixed(int64_t row) { return static_cast<uint64_t>(row) * 0x9E3779B97F4A7C15u; }
-
-constexpr int64_t NOT_MINE = UINT32_MAX;
 
 // Distinct rows, in the order in which they first occur.
 class Distinct {
@@ -402,21 +421,17 @@ class Distinct {
     before_ = 0;
   }
 
-  // Where each row stands among the distinct ones; NOT_MINE for rows that are not.
-  template <class Mine>
-  void find(const int64_t *rows, int64_t count, uint32_t *slots, Mine mine) {
+  // Where each of the rows row_of(i) stands among the distinct ones; how many rows there were.
+  template <class RowOf>
+  int64_t find(int64_t count, RowOf row_of, uint32_t *slots) {
     Place *places = places_.at(0);
     uint32_t *distinct = rows_.at(0), found = static_cast<uint32_t>(count_);
     const uint32_t before = before_;
     const uint64_t last = (uint64_t{1} << bits_) - 1;
     const int shift = 64 - bits_;
     for (int64_t i = 0; i < count; i++) {
-      if (i + AHEAD < count) __builtin_prefetch(places + (mixed(rows[i + AHEAD]) >> shift), true);
-      if (!mine(rows[i])) {
-        slots[i] = static_cast<uint32_t>(NOT_MINE);
-        continue;
-      }
-      const uint32_t row = static_cast<uint32_t>(rows[i]);
+      if (i + AHEAD < count) __builtin_prefetch(places + (mixed(row_of(i + AHEAD)) >> shift), true);
+      const uint32_t row = static_cast<uint32_t>(row_of(i));
       uint64_t at = mixed(row) >> shift;
       while (places[at].number > before && places[at].row != row) at = (at + 1) & last;
       // No branch, for nobody can tell whether a row is new.
@@ -428,8 +443,10 @@ class Distinct {
       slots[i] = number - before - 1;
     }
     count_ = found;
+    return count;
   }
 
+  int64_t bytes() const { return places_.bytes() + rows_.bytes(); }
   int64_t count() const { return count_; }
   const uint32_t *rows() { return rows_.at(0); }
 
@@ -531,109 +548,267 @@ void write_vectors(const Batch batch, const float *table, float *vectors, int64_
 #endif
 }
 
-// Sums up the gradients of every row, in the order of the ids, feature after feature, and steps once on each. Every
-// caller has rows of its own.
+// Sums up the gradients of every row, in the order of the ids, feature after feature, and steps once on each.
 //
 // Sums lie one after the other in the order in which rows occur, found by a hash. Where the table has hardly more rows
-// than are read each row has a sum of its own, and nothing is looked for.
+// than are read each row has a sum of its own, and nothing is looked for. With several callers each has a range of the
+// rows: of most features it has all rows or none; of others it notes, some bags at a time, where its own are read.
 class Update {
  public:
   // Reads the batches and, for products, the tables; all callers have to be through before one goes on.
-  void sum_up(const Batch *batches, int64_t count, const Tables &tables, int64_t part, int64_t parts) {
+  void sum_up(const Batch *batches, int64_t count, const Tables &tables, int64_t first, int64_t last) {
     int64_t read = 0;
     for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
     each_has_a_sum_ = tables.count <= 2 * read && tables.count * tables.width <= MOST_SUMS;
-    const auto mine = [=](int64_t row) {
-      return parts == 1 || static_cast<int64_t>(mixed(row) >> 32) % parts == part;
-    };
+    first_ = first, last_ = last;
+    list_pieces(batches, count, tables.count);
     if (each_has_a_sum_) {
-      marked_.room(tables.count);
-      rows_.room(tables.count + 1);
-      sums_.room(tables.count * tables.width);
-      for (int64_t i = 0; i < count; i++)
-        add_up(batches[i], tables, [=, rows = batches[i].rows, marked = marked_.at(0)](int64_t at) {
-          const bool is_mine = mine(rows[at]);
-          if (is_mine) marked[rows[at]] = 1;
-          return is_mine ? rows[at] : NOT_MINE;
-        });
-      return;
+      marked_.room(last - first);
+      rows_.room(last - first + 1);
+      sums_.room((last - first) * tables.width);
+    } else {
+      find_slots(tables.width);
     }
-    distinct_.start(std::min(read, tables.count));
-    rows_.room(read + 1);
-    uint32_t *slots = rows_.at(0);
-    for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
-      distinct_.find(batches[i].rows, batches[i].ids * batches[i].parts, slots, mine);
-    sums_.room(distinct_.count() * tables.width + 1);
-    slots = rows_.at(0);
-    for (int64_t i = 0; i < count; slots += batches[i].ids * batches[i].parts, i++)
-      add_up(batches[i], tables, [=](int64_t at) { return int64_t{slots[at]}; });
+    const uint32_t *slots = rows_.at(0);
+    for (const Piece &piece : pieces_)
+      slots += piece.whole ? add_all(piece, tables, slots) : add_some(piece, tables, slots);
   }
 
   void run(const Tables &tables) {
-    const int64_t count = each_has_a_sum_ ? list_marked(tables.count) : distinct_.count();
+    const int64_t count = each_has_a_sum_ ? list_marked() : distinct_.count();
     const uint32_t *rows = each_has_a_sum_ ? rows_.at(0) : distinct_.rows();
-    with_width(tables.width, [=, sums = sums_.at(0), by_row = each_has_a_sum_](auto width) {
+    with_width(tables.width, [=, sums = sums_.at(0), first = first_, by_row = each_has_a_sum_](auto width) {
       for (int64_t slot = 0; slot < count; slot++) {
-        if (slot + AHEAD < count) ask_for_step(tables, rows[slot + AHEAD], width);
+        if (slot + AHEAD < count) ask_for_step(tables, first + rows[slot + AHEAD], width);
+        const int64_t row = first + rows[slot];
         float *sum = sums + (by_row ? rows[slot] : slot) * int64_t{width};
-        if (tables.weight_decay != 0) add(sum, tables.rows + rows[slot] * int64_t{width}, tables.weight_decay, width);
-        step(tables, rows[slot], sum, width);
+        if (tables.weight_decay != 0) add(sum, tables.rows + row * width, tables.weight_decay, width);
+        step(tables, row, sum, width);
         std::fill_n(sum, int64_t{width}, 0.0f);  // for the next batch
       }
     });
   }
 
+  int64_t bytes() const {
+    return distinct_.bytes() + rows_.bytes() + marked_.bytes() + places_.bytes() + sums_.bytes();
+  }
+
  private:
-  // Adds what reaches the rows of a batch to their sums, whose places slot_of says.
+  // Bags from .. to and their ids: of features of which the caller has all rows, or of one of which it has some.
+  struct Piece {
+    const Batch *batch;
+    int64_t from, to, id, stop;
+    bool whole;
+  };
+
+  // Where a row of the caller's is read. The row is counted from the caller's first.
+  struct Place {
+    uint32_t row, vector, id, part;
+  };
+
+  enum Owned { NONE, SOME, ALL };
+
+  void list_pieces(const Batch *batches, int64_t count, int64_t rows) {
+    pieces_.clear();
+    for (const Batch *batch = batches; batch < batches + count; batch++)
+      for (int64_t feature = 0; feature < batch->features; feature++) {
+        const int64_t from = feature * batch->bags, to = from + batch->bags;
+        const Piece piece = {batch, from, to, start_of(*batch, from), start_of(*batch, to), true};
+        const Owned mine = last_ - first_ == rows ? ALL : owned(piece);
+        if (piece.id == piece.stop || mine == NONE) continue;
+        Piece *before = pieces_.empty() ? nullptr : &pieces_.back();
+        if (mine == ALL && before && before->whole && before->batch == batch && before->to == from) {
+          before->to = to, before->stop = piece.stop;
+        } else {
+          pieces_.push_back(piece);
+          pieces_.back().whole = mine == ALL;
+        }
+      }
+  }
+
+  // Whether the caller has the rows of a feature.
+  Owned owned(const Piece &piece) const {
+    bool all = true, none = true;
+    for (int64_t k = 0; k < piece.batch->parts; k++) {
+      const int64_t *rows = piece.batch->rows + k * piece.batch->ids;
+      int64_t least = INT64_MAX, most = -1;
+      for (int64_t id = piece.id; id < piece.stop; id++) {
+        least = rows[id] < least ? rows[id] : least;
+        most = rows[id] > most ? rows[id] : most;
+      }
+      all = all && least >= first_ && most < last_;
+      none = none && (least >= last_ || most < first_);
+    }
+    return all ? ALL : none ? NONE : SOME;
+  }
+
+  // Finds the places of the sums. rows_ holds them piece after piece: [K, ids] where all rows are the caller's, else
+  // those that are.
+  void find_slots(int64_t width) {
+    int64_t most = 0;
+    for (const Piece &piece : pieces_) most += (piece.stop - piece.id) * piece.batch->parts;
+    distinct_.start(std::min(most, last_ - first_));
+    rows_.room(most + 1);
+    uint32_t *slots = rows_.at(0);
+    for (const Piece &piece : pieces_) {
+      for (int64_t k = 0; k < piece.batch->parts && piece.whole; k++) {
+        const int64_t *rows = piece.batch->rows + k * piece.batch->ids + piece.id;
+        const auto row_of = [=, first = first_](int64_t at) { return rows[at] - first; };
+        slots += distinct_.find(piece.stop - piece.id, row_of, slots);
+      }
+      if (!piece.whole)
+        each_note(piece, [&](const Place *places, int64_t count) {
+          slots += distinct_.find(count, [=](int64_t at) { return int64_t{places[at].row}; }, slots);
+        });
+    }
+    sums_.room(distinct_.count() * width + 1);
+  }
+
+  // Calls use(places, count) for some bags of a piece after the other, with where they read the caller's rows.
+  template <class Use>
+  void each_note(const Piece &piece, Use use) {
+    const Batch &batch = *piece.batch;
+    for (int64_t from = piece.from; from < piece.to;) {
+      const int64_t id = start_of(batch, from);
+      int64_t to = from + 1;
+      while (to < piece.to && start_of(batch, to + 1) - id <= NOTED) to++;
+      places_.room((start_of(batch, to) - id) * batch.parts + 1);
+      with_parts(batch.parts, [&](auto parts) { use(places_.at(0), note(batch, from, to, parts)); });
+      from = to;
+    }
+  }
+
+  // No branch asks whose a row is, for nobody can tell where it was hashed; what is at hand stays in registers.
+  template <class Parts>
+  int64_t note(const Batch &batch, int64_t from, int64_t to, Parts parts) {
+    const int64_t *rows = batch.rows, *offsets = batch.offsets;
+    const int64_t ids = batch.ids, across = batch.across, feature = from / batch.bags;
+    const uint64_t first = static_cast<uint64_t>(first_), mine = static_cast<uint64_t>(last_ - first_);
+    int64_t vector = batch.columns[feature] + (from - feature * batch.bags) * across;
+    Place *next = places_.at(0);
+    for (int64_t bag = from; bag < to; bag++, vector += across) {
+      const int64_t stop = offsets ? offsets[bag + 1] : bag + 1;
+      for (int64_t id = offsets ? offsets[bag] : bag; id < stop; id++)
+        for (int64_t k = 0; k < parts; k++) {
+          const uint64_t row = static_cast<uint64_t>(rows[k * ids + id]) - first;
+          *next = Place{static_cast<uint32_t>(row), static_cast<uint32_t>(vector), static_cast<uint32_t>(id),
+                        static_cast<uint32_t>(k)};
+          next += row < mine;
+        }
+    }
+    return next - places_.at(0);
+  }
+
+  // Adds what reaches the rows of a piece to their sums; how many slots were used.
+  int64_t add_all(const Piece &piece, const Tables &tables, const uint32_t *slots) {
+    const int64_t ids = piece.stop - piece.id;
+    if (each_has_a_sum_)
+      add_up(piece, tables, [rows = piece.batch->rows, all = piece.batch->ids, first = first_, marked = marked_.at(0)](
+                                int64_t k, int64_t id) INLINE {
+        const int64_t row = rows[k * all + id] - first;
+        marked[row] = 1;
+        return row;
+      });
+    else
+      add_up(piece, tables, [ids, before = slots - piece.id](int64_t k, int64_t id) INLINE {
+        return int64_t{before[k * ids + id]};
+      });
+    return ids * piece.batch->parts;
+  }
+
   template <class Slot>
-  void add_up(const Batch batch, const Tables &tables, Slot slot_of) {
+  void add_up(const Piece &piece, const Tables &tables, Slot slot_of) {
     with_width(tables.width, [&](auto width) {
-      with_parts(batch.parts, [&](auto parts) {
-        if (batch.saved)
-          add_up<true>(batch, tables, slot_of, parts, width);
+      with_parts(piece.batch->parts, [&](auto parts) {
+        if (piece.batch->saved)
+          add_up<true>(piece, tables, slot_of, parts, width);
         else
-          add_up<false>(batch, tables, slot_of, parts, width);
+          add_up<false>(piece, tables, slot_of, parts, width);
       });
     });
   }
 
   template <bool SAVED, class Slot, class Parts, class W>
-  void add_up(const Batch batch, const Tables tables, Slot slot_of, Parts parts, W width) {
+  void add_up(const Piece &piece, const Tables &tables, Slot slot_of, Parts parts, W width) {
     const float *table = tables.rows;
     const float most = tables.max_gradient;
+    const Batch batch = *piece.batch;
     const bool multiplied = batch.op == PRODUCT && parts > 1;
     const int64_t beside = rows_beside(batch), next = (batch.offsets ? 1 : AHEAD) * batch.across;
     const float *gradient = batch.gradient + batch.first;
-    by_feature(batch, 0, batch.features * batch.bags, [=, sums = sums_.at(0)](int64_t id, int64_t vector) {
+    float *sums = sums_.at(0);
+    const int64_t stop = piece.stop;
+    by_feature(batch, piece.from, piece.to, [=](int64_t id, int64_t vector) INLINE {
       const float weight = batch.weights ? batch.weights[id] : 1.0f;
       const float *above = gradient + vector * beside * width;
       ask<false>(above + next * beside * width, beside * width);
       for (int64_t k = 0; k < parts; k++) {
-        const int64_t at = k * batch.ids + id;
-        if (id + AHEAD < batch.ids) {
-          const int64_t later = slot_of(at + AHEAD);
-          if (later != NOT_MINE) ask<true>(sums + later * width, width);
-          if (multiplied) ask<false>(row_read<SAVED>(batch, table, at + AHEAD, width), width);
+        if (id + AHEAD < stop) {
+          ask<true>(sums + slot_of(k, id + AHEAD) * width, width);
+          if (multiplied) ask<false>(row_read<SAVED>(batch, table, k * batch.ids + id + AHEAD, width), width);
         }
-        const int64_t slot = slot_of(at);
-        if (slot == NOT_MINE) continue;
-        float *sum = sums + slot * width;
+        float *sum = sums + slot_of(k, id) * width;
         if (multiplied)
           multiply<SAVED>(above, weight, batch, table, id, k, parts, width,
-                   [=](int64_t x, auto product) { add_to(sum + x, clamped(product, most)); });
-        else if (most < INFINITY)
-          add_clamped(sum, above + (beside > 1 ? k * width : 0), most, weight, width);
+                          [=](int64_t x, auto product) { add_to(sum + x, clamped(product, most)); });
         else
-          add(sum, above + (beside > 1 ? k * width : 0), weight, width);
+          add_clamped(sum, above + (beside > 1 ? k * width : 0), most, weight, width);
       }
     });
   }
 
+  // The same for a piece of which the caller has some rows.
+  int64_t add_some(const Piece &piece, const Tables &tables, const uint32_t *slots) {
+    const uint32_t *const before = slots;
+    each_note(piece, [&](Place *places, int64_t count) {
+      for (int64_t i = 0; i < count && !each_has_a_sum_; i++) places[i].row = *slots++;
+      with_width(tables.width, [&](auto width) {
+        if (piece.batch->saved)
+          add_places<true>(*piece.batch, tables, places, count, width);
+        else
+          add_places<false>(*piece.batch, tables, places, count, width);
+      });
+    });
+    return slots - before;
+  }
+
+  template <bool SAVED, class W>
+  void add_places(const Batch &batch, const Tables &tables, const Place *places, int64_t count, W width) {
+    const float *table = tables.rows;
+    const float most = tables.max_gradient;
+    const bool multiplied = batch.op == PRODUCT && batch.parts > 1;
+    const int64_t beside = rows_beside(batch);
+    const float *gradient = batch.gradient + batch.first, *weights = batch.weights;
+    float *sums = sums_.at(0);
+    uint8_t *marked = each_has_a_sum_ ? marked_.at(0) : nullptr;
+    const auto above = [=](const Place &place) {
+      return gradient + (int64_t{place.vector} * beside + (beside > 1 ? place.part : 0)) * width;
+    };
+    for (int64_t i = 0; i < count; i++) {
+      if (i + AHEAD < count) {
+        const Place &later = places[i + AHEAD];
+        ask<true>(sums + int64_t{later.row} * width, width);
+        ask<false>(above(later), width);
+        for (int64_t k = 0; multiplied && k < batch.parts; k++)
+          ask<false>(row_read<SAVED>(batch, table, k * batch.ids + later.id, width), width);
+      }
+      const Place &place = places[i];
+      const float weight = weights ? weights[place.id] : 1.0f;
+      if (marked) marked[place.row] = 1;
+      float *sum = sums + int64_t{place.row} * width;
+      if (multiplied)
+        multiply<SAVED>(above(place), weight, batch, table, place.id, place.part, batch.parts, width,
+                        [=](int64_t x, auto product) { add_to(sum + x, clamped(product, most)); });
+      else
+        add_clamped(sum, above(place), most, weight, width);
+    }
+  }
+
   // The rows that are marked, and no longer are, as the first of rows_.
-  int64_t list_marked(int64_t count) {
+  int64_t list_marked() {
     uint32_t *rows = rows_.at(0), found = 0;
     uint8_t *marked = marked_.at(0);
-    for (int64_t row = 0; row < count; row++) {
+    for (int64_t row = 0; row < last_ - first_; row++) {
       rows[found] = static_cast<uint32_t>(row);
       found += marked[row];
       marked[row] = 0;
@@ -642,9 +817,12 @@ class Update {
   }
 
   bool each_has_a_sum_ = false;
+  int64_t first_ = 0, last_ = 0;  // the caller's rows
+  std::vector<Piece> pieces_;
   Distinct distinct_;
-  Kept<uint32_t> rows_;    // slots [K, N] of the rows of all batches, or the rows that are marked
+  Kept<uint32_t> rows_;    // slots of the rows of all pieces, or the rows that are marked
   Kept<uint8_t> marked_;   // rows that occur; none between updates
+  Kept<Place> places_;
   Kept<float> sums_;       // zeros between updates
 };
 
@@ -660,6 +838,79 @@ std::unique_ptr<Update> taken() {
   return last;
 }
 
+void put_back(std::unique_ptr<Update> update) {
+  try {
+    const std::lock_guard<std::mutex> lock(idle_lock);
+    int64_t bytes = update->bytes();
+    for (const std::unique_ptr<Update> &each : idle) bytes += each->bytes();
+    if (bytes <= MOST_KEPT) idle.push_back(std::move(update));
+  } catch (const std::bad_alloc &) {  // the next one takes memory anew
+  }
+}
+
+// Rows [parts + 1] at which the ranges of as many callers begin, so that each has about as many to read.
+std::vector<int64_t> ranges(const Batch *batches, int64_t count, int64_t rows, int64_t parts) {
+  std::vector<int64_t> samples, starts(static_cast<size_t>(parts + 1), rows);
+  starts[0] = 0;
+  if (parts == 1) return starts;
+  int64_t read = 0;
+  for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
+  const int64_t step = std::max(read / SAMPLES, int64_t{1});
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t at = 0; at < batches[i].ids * batches[i].parts; at += step) samples.push_back(batches[i].rows[at]);
+  std::sort(samples.begin(), samples.end());
+  const int64_t found = static_cast<int64_t>(samples.size());
+  for (int64_t part = 1; part < parts && found; part++)
+    starts[static_cast<size_t>(part)] = samples[static_cast<size_t>(found * part / parts)];
+  return starts;
+}
+
+// The first of the bags that one of several callers has: about as many ids for each.
+int64_t first_bag(const Batch &batch, int64_t part, int64_t parts) {
+  const int64_t bags = batch.features * batch.bags;
+  if (part == 0 || part == parts || !batch.offsets) return bags * part / parts;
+  return std::lower_bound(batch.offsets, batch.offsets + bags, batch.ids * part / parts) - batch.offsets;
+}
+
+// Vectors of the bags from .. to; false where a row is none of the tables'.
+bool sum_bags(const Batch &batch, const Tables &tables, float *vectors, int64_t from, int64_t to) {
+  // Some bags at a time, whose rows stay in the cache from the look at them until they are read.
+  for (int64_t start = from; start < to; start += TOGETHER) {
+    const int64_t stop = std::min(to, start + TOGETHER);
+    if (!all_known(batch, start_of(batch, start), start_of(batch, stop), tables.count)) return false;
+    with_width(tables.width, [=, table = tables.rows](auto width) {
+      if (past_the_caches(batch, vectors, width))
+        write_vectors<true>(batch, table, vectors, start, stop, width);
+      else
+        write_vectors<false>(batch, table, vectors, start, stop, width);
+    });
+  }
+  return true;
+}
+
+// Gradients of the weights of the bags from .. to.
+void weight_gradients(const Batch &batch, const Tables &tables, const float *gradient, float *out, int64_t from,
+                      int64_t to) {
+  const int64_t width = tables.width, beside = rows_beside(batch);
+  by_feature(batch, from, to, [=](int64_t id, int64_t vector) {
+    const float *above = gradient + batch.first + vector * beside * width;
+    float sum = 0;
+    for (int64_t x = 0; x < width; x++) {
+      float product = 1;
+      for (int64_t k = 0; k < batch.parts; k++) {
+        const int64_t at = k * batch.ids + id;
+        const float value = batch.saved ? batch.saved[at * width + x] : tables.rows[batch.rows[at] * width + x];
+        if (batch.op == PRODUCT)
+          product *= value;
+        else
+          sum += value * above[x + (batch.op == CONCAT ? k * width : 0)];
+      }
+      if (batch.op == PRODUCT) sum += product * above[x];
+    }
+    out[id] = sum;
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -667,17 +918,21 @@ extern "C" {
 // rows [K, N] of ids [N], of which features have sizes [F], one feature after the other. constants [F, K, 3]; bases
 // [F, K]: what a table's rows begin with. 1 where ids were to be divided by what is not above zero.
 int32_t embtab_place_rows(int64_t arithmetic, const int64_t *ids, const int64_t *sizes, int64_t features, int64_t parts,
-                          const int64_t *bases, const int64_t *constants, int64_t *rows) {
+                          const int64_t *bases, const int64_t *constants, int64_t *rows, int64_t threads) {
+  int64_t count = 0;
+  for (int64_t f = 0; f < features; f++) count += sizes[f];
   for (int64_t part = 0; part < features * parts; part++)
     if (!divides(arithmetic, constants + 3 * part)) return 1;
-  for (int64_t k = 0; k < parts; k++) {
-    const int64_t *next = ids;
-    for (int64_t f = 0; f < features; f++) {
-      const int64_t part = f * parts + k;
-      rows_of(arithmetic, next, sizes[f], bases[part], constants + 3 * part, rows);
-      next += sizes[f], rows += sizes[f];
+  in_threads(threads, [=](int64_t thread) {
+    const int64_t from = count * thread / threads, to = count * (thread + 1) / threads;
+    for (int64_t f = 0, start = 0; f < features; start += sizes[f], f++) {
+      const int64_t first = std::max(from, start), last = std::min(to, start + sizes[f]);
+      for (int64_t k = 0; k < parts && first < last; k++) {
+        const int64_t part = f * parts + k;
+        rows_of(arithmetic, ids + first, last - first, bases[part], constants + 3 * part, rows + k * count + first);
+      }
     }
-  }
+  });
   return 0;
 }
 
@@ -691,70 +946,47 @@ int32_t embtab_offsets(const int64_t *lengths, int64_t count, int64_t ids, int64
   return offsets[count] != ids;
 }
 
-// Vectors [B, C, V] in out: the sums over the bags from .. to of F * B. 1 where a row is none of the tables'.
-int32_t embtab_sum_bags(const Batch *given, const Tables *tables, float *out, int64_t from, int64_t to) {
-  const Batch batch = *given;
-  float *vectors = out + batch.first;
-  bool known = true;
-  // Some bags at a time, whose rows stay in the cache from the look at them until they are read.
-  for (int64_t start = from; known && start < to; start += TOGETHER) {
-    const int64_t stop = std::min(to, start + TOGETHER);
-    known = all_known(batch, start_of(batch, start), start_of(batch, stop), tables->count);
-    if (known) with_width(tables->width, [=, table = tables->rows](auto width) {
-      if (past_the_caches(batch, vectors, width))
-        write_vectors<true>(batch, table, vectors, start, stop, width);
-      else
-        write_vectors<false>(batch, table, vectors, start, stop, width);
-    });
-  }
+// Vectors [B, C, V] in out: the sums over the bags. 1 where a row is none of the tables'.
+int32_t embtab_sum_bags(const Batch *batch, const Tables *tables, float *out, int64_t threads) {
+  std::atomic<bool> known{true};
+  in_threads(threads, [=, &known](int64_t part) {
+    const int64_t from = first_bag(*batch, part, threads), to = first_bag(*batch, part + 1, threads);
+    if (!sum_bags(*batch, *tables, out + batch->first, from, to)) known = false;
+  });
   return !known;
 }
 
-// out [N]: the gradients of the weights of the bags from .. to; gradient: that of the vectors.
-void embtab_weight_gradients(const Batch *given, const Tables *tables, const float *gradient, float *out, int64_t from,
-                             int64_t to) {
-  const Batch batch = *given;
-  const int64_t width = tables->width, beside = rows_beside(batch);
-  by_feature(batch, from, to, [=](int64_t id, int64_t vector) {
-    const float *above = gradient + batch.first + vector * beside * width;
-    float sum = 0;
-    for (int64_t x = 0; x < width; x++) {
-      float product = 1;
-      for (int64_t k = 0; k < batch.parts; k++) {
-        const int64_t at = k * batch.ids + id;
-        const float value = batch.saved ? batch.saved[at * width + x] : tables->rows[batch.rows[at] * width + x];
-        if (batch.op == PRODUCT)
-          product *= value;
-        else
-          sum += value * above[x + (batch.op == CONCAT ? k * width : 0)];
-      }
-      if (batch.op == PRODUCT) sum += product * above[x];
-    }
-    out[id] = sum;
+// out [N]: the gradients of the weights; gradient: that of the vectors.
+void embtab_weight_gradients(const Batch *batch, const Tables *tables, const float *gradient, float *out,
+                             int64_t threads) {
+  in_threads(threads, [=](int64_t part) {
+    const int64_t from = first_bag(*batch, part, threads), to = first_bag(*batch, part + 1, threads);
+    weight_gradients(*batch, *tables, gradient, out, from, to);
   });
 }
 
-// The optimizer's step begins, for one of `parts` callers: who gets null has no memory left, and changed nothing.
-void *embtab_begin_update(const Batch *batches, int64_t count, const Tables *tables, int64_t part, int64_t parts) {
+// The optimizer's step. 1 where memory does not suffice; then nothing has changed.
+int32_t embtab_update(const Batch *batches, int64_t count, const Tables *tables, int64_t threads) {
   try {
-    std::unique_ptr<Update> update = taken();
-    update->sum_up(batches, count, *tables, part, parts);
-    return update.release();
+    const std::vector<int64_t> starts = ranges(batches, count, tables->count, threads);
+    std::vector<std::unique_ptr<Update>> updates(static_cast<size_t>(threads));
+    std::atomic<bool> failed{false};
+    in_threads(threads, [&](int64_t part) {
+      const size_t at = static_cast<size_t>(part);
+      try {
+        updates[at] = taken();
+        updates[at]->sum_up(batches, count, *tables, starts[at], starts[at + 1]);
+      } catch (const std::bad_alloc &) {
+        failed = true;
+      }
+    });
+    if (failed) return 1;
+    in_threads(threads, [&](int64_t part) { updates[static_cast<size_t>(part)]->run(*tables); });
+    for (std::unique_ptr<Update> &update : updates) put_back(std::move(update));
   } catch (const std::bad_alloc &) {
-    return nullptr;
+    return 1;
   }
-}
-
-// The step itself, once all callers have begun; or, without tables, none.
-void embtab_end_update(void *begun, const Tables *tables) {
-  std::unique_ptr<Update> update(static_cast<Update *>(begun));
-  if (!tables) return;
-  update->run(*tables);
-  try {
-    const std::lock_guard<std::mutex> lock(idle_lock);
-    idle.push_back(std::move(update));
-  } catch (const std::bad_alloc &) {  // the step is done; the next one takes memory anew
-  }
+  return 0;
 }
 
 }  // extern "C"

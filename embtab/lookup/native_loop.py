@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import warnings
 from collections.abc import Sequence
-from functools import cache, partial
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embtab.compiler import build, together
+from embtab.compiler import build
 from embtab.errors import UserError
 from embtab.fused import OPTIMIZERS, Optimizer
 from embtab.lookup.base import Joined, Request
 from embtab.lookup.stacked import check_lengths, check_weights
 from embtab.methods.base import ARITHMETICS, JOININGS
+
+MAX_NOTED = 2**32
+"""Rows read, from which on one thread updates alone: several note the places of theirs in 32 bits."""
 
 WORTH_A_THREAD = 1 << 16
 """Numbers read for each thread, at least; a thread costs as much as some thousands of them."""
@@ -156,7 +160,7 @@ class Read:
         """
         numbers = torch.empty(self.size, dtype=torch.float32)
         for i, rows in enumerate(self.rows):
-            if any(self._run(i, "embtab_sum_bags", tables, numbers)):
+            if self._run(i, "embtab_sum_bags", tables, numbers):
                 least, most = map(int, rows.aminmax())
                 wrong = least if least < 0 else most
                 raise UserError(
@@ -179,13 +183,11 @@ class Read:
             made[-1].gradient = gradient.data_ptr()
         return made
 
-    def _run(self, i: int, name: str, tables: CTables, *tensors: Tensor) -> list[Any]:
-        """Calls a function for all bags of a request, in as many threads as are worth it."""
-        function, batch = getattr(compiled_loop(), name), ctypes.byref(self._batches[i])
+    def _run(self, i: int, name: str, tables: CTables, *tensors: Tensor) -> Any:
+        """Calls a function for all bags of a request."""
         pointers = [tensor.data_ptr() for tensor in tensors]
-        threads, bags = _threads(self.ids, tables), self._batches[i].features * self._batches[i].bags
-        ends = [bags * part // threads for part in range(threads + 1)]
-        return together([partial(function, batch, ctypes.byref(tables), *pointers, *part) for part in pairwise(ends)])
+        batch, given = ctypes.byref(self._batches[i]), ctypes.byref(tables)
+        return getattr(compiled_loop(), name)(batch, given, *pointers, _threads(self.ids * tables.width))
 
 
 def update(tables: CTables, reads: Sequence[tuple[Read, Tensor]]) -> None:
@@ -196,13 +198,8 @@ def update(tables: CTables, reads: Sequence[tuple[Read, Tensor]]) -> None:
     """
     batches = [batch for read, gradient in reads for batch in read.batches(gradient)]
     ids = sum(read.ids for read, _ in reads)
-    threads = _threads(ids, tables)
-    given = ctypes.byref(tables)
-    begin = partial(compiled_loop().embtab_begin_update, (CBatch * len(batches))(*batches), len(batches), given)
-    begun = together([partial(begin, part, threads) for part in range(threads)])
-    stepped = given if all(begun) else None
-    together([partial(compiled_loop().embtab_end_update, each, stepped) for each in begun if each])
-    if not all(begun):
+    given = (CBatch * len(batches))(*batches), len(batches), ctypes.byref(tables)
+    if compiled_loop().embtab_update(*given, _threads(ids * tables.width) if ids < MAX_NOTED else 1):
         raise MemoryError(f"no memory left for the update of {ids} rows")
 
 
@@ -218,13 +215,28 @@ def placed_rows(arithmetic: str, ids: Tensor, sizes: Sequence[int], bases: Tenso
     counts = (ctypes.c_int64 * len(sizes))(*sizes)
     pointers = bases.data_ptr(), constants.data_ptr(), rows.data_ptr()
     kind = ARITHMETICS.index(arithmetic)
-    if compiled_loop().embtab_place_rows(kind, ids.data_ptr(), counts, *bases.shape, *pointers):
+    threads = _threads(rows.numel())
+    if compiled_loop().embtab_place_rows(kind, ids.data_ptr(), counts, *bases.shape, *pointers, threads):
         raise UserError(f"ids are divided by a constant below one ({arithmetic}); the plan's constants are wrong")
     return rows
 
 
-def _threads(ids: int, tables: CTables) -> int:
-    return max(1, min(torch.get_num_threads(), ids * tables.width // WORTH_A_THREAD))
+def _threads(numbers: int) -> int:
+    """How many are worth it for so many numbers."""
+    return 1 if _forked else max(1, min(torch.get_num_threads(), numbers // WORTH_A_THREAD))
+
+
+_forked = False
+"""OpenMP's threads do not come along into a process that was forked, and it waits for them there."""
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _offsets(lengths: Tensor, ids: int, width: int) -> Tensor:
@@ -253,15 +265,19 @@ def compiled_loop() -> ctypes.CDLL:
     Raises:
         UserError: where there is no C++ compiler.
     """
-    made = build(Path(__file__).with_name("native.cpp"), "the native backend", "-ffp-contract=off")
-    pointer, integer, nothing = ctypes.c_void_p, ctypes.c_int64, None
+    source, why = Path(__file__).with_name("native.cpp"), "the native backend"
+    try:
+        made = build(source, why, "-ffp-contract=off", "-fopenmp")
+    except UserError as error:  # without a compiler, or with one that has no OpenMP
+        made = build(source, why, "-ffp-contract=off")
+        warnings.warn(f"{why} runs in one thread, for it could not be built with OpenMP: {error}", stacklevel=2)
+    pointer, integer, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     signatures: dict[str, tuple[Any, list[Any]]] = {
-        "embtab_offsets": (ctypes.c_int32, [pointer, *[integer] * 2, pointer]),
-        "embtab_place_rows": (ctypes.c_int32, [integer, *[pointer] * 2, *[integer] * 2, *[pointer] * 3]),
-        "embtab_sum_bags": (ctypes.c_int32, [*[pointer] * 3, *[integer] * 2]),
-        "embtab_weight_gradients": (nothing, [*[pointer] * 4, *[integer] * 2]),
-        "embtab_begin_update": (pointer, [pointer, integer, pointer, *[integer] * 2]),
-        "embtab_end_update": (nothing, [pointer] * 2),
+        "embtab_offsets": (code, [pointer, *[integer] * 2, pointer]),
+        "embtab_place_rows": (code, [integer, *[pointer] * 2, *[integer] * 2, *[pointer] * 3, integer]),
+        "embtab_sum_bags": (code, [*[pointer] * 3, integer]),
+        "embtab_weight_gradients": (None, [*[pointer] * 4, integer]),
+        "embtab_update": (code, [pointer, integer, pointer, integer]),
     }
     for name, (result, arguments) in signatures.items():
         getattr(made, name).restype, getattr(made, name).argtypes = result, arguments

@@ -39,6 +39,8 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
     """
     from torch._inductor.utils import fresh_cache
 
+    from embtab.serving.guarded import checked
+
     program = captured(module, example)
     _put_in_memory(program.graph)
     one = None
@@ -57,6 +59,7 @@ def write(module: ServedTables | Ranker, example: Mapping[str, Tensor], path: Pa
             scratch() as folder,
             torch._inductor.config.patch(settings),
             fresh_cache(dir=str(folder)),
+            checked(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # torch's, of its own parts
@@ -84,6 +87,7 @@ def _put_in_memory(graph: torch.fx.Graph) -> None:
             sizes = [graph.call_function(aten.sym_size.int, (values, 0)), *shape[1:]]
             copied = graph.call_function(aten.clone.default, (values,), {"memory_format": torch.contiguous_format})
             view = graph.call_function(aten.as_strided.default, (copied, sizes, strides))
+        view.meta = dict(node.meta)  # the shape of an output is read from it
         node.replace_all_uses_with(view)
         graph.erase_node(node)
 
@@ -113,6 +117,8 @@ def load(path: Path) -> Run:
         tensors = []
         for name in taken:
             array = inputs[name]
+            if len(array) == 1:  # whose stride may be any, but is looked at
+                array = array.reshape(-1).reshape(array.shape)
             tensors.append(torch.from_numpy(array if array.flags.carray else array.copy()))
         return {name: output.numpy() for name, output in zip(names, loader.boxed_run(tensors), strict=True)}
 

@@ -297,6 +297,17 @@ config, golden = (json.loads((folder / "config.json").read_text()), load_file(fo
 program = torch._inductor.aoti_load_package(str(folder / config["program"]))
 found = program({name: golden[name] for name in config["inputs"]})
 assert "embtab" not in sys.modules
+given = {name: golden[name] for name in config["inputs"]}
+if "dense" in given:
+    wrong = [{"dense": given["dense"].double()}, {"dense": given["dense"][:, :1].contiguous()}]
+    wrong += [{name: each[: "offsets" in name] for name, each in given.items()}]  # no rows
+    for changed, reason in zip(wrong, ["unmatched dtype", "unmatched dim value", "a batch of no rows"], strict=True):
+        try:
+            program(given | changed)
+        except RuntimeError as error:
+            assert reason in str(error), error
+        else:
+            raise AssertionError(reason)
 for name in config["outputs"]:
     print(float((found[name] - golden[name]).abs().max()))
 """
