@@ -6,13 +6,13 @@ import pytest
 import torch
 from test_native import vectors
 
-from embtab import native_loop
 from embtab.errors import UserError
 from embtab.fused import OPTIMIZERS, FusedOptimizer, Optimizer
-from embtab.lookup import Joined, Request
+from embtab.lookup import native_loop
+from embtab.lookup.base import Joined, Request
+from embtab.lookup.native import NativeLookup
 from embtab.methods import Table
 from embtab.methods.base import JOININGS
-from embtab.native import NativeLookup
 
 LR, FEATURES, COLUMNS = 0.1, 2, 3  # the column between the features is not this request's
 
