@@ -1,6 +1,6 @@
 """method="auto": a method and a precision for every feature, from cardinalities, counts and budget alone.
 
-The rule, in the order in which it is applied (configs/README.md has the measurements behind it):
+The rule, in the order in which it is applied (docs/results/auto.md has the measurements behind it):
 
 1. Where the dense tables fit in int4 rows or better, they are taken: rounding to int8 (20 bytes for a row of 16 numbers
    instead of 64) cost nothing that could be measured, int4 (12 bytes) 0.0002 AUC. All features get the finest precision

@@ -1,7 +1,7 @@
 """`embtab prepare criteo` beside FuxiCTR's feature processor, in turn, on rows of the same content.
 
     python -m venv fx; fx/bin/pip install fuxictr==2.3.10 "polars<2"    # of its own: it reads CSV by polars 1 only
-    python configs/beside_prepare.py fx/bin/python [--rows 200000]
+    python benchmarks/beside_prepare.py fx/bin/python [--rows 200000]
 
 Generated rows: 13 integers, some of them blank, and 26 hexadecimal values of Criteo's cardinalities cut to 100,000, by
 Zipf's law; as Criteo's raw text for ours, as CSV with a header for theirs. Each turn is a process of its own, timed

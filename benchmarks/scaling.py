@@ -1,7 +1,7 @@
 """Draws docs/scaling.png: what training sends and holds on up to 1024 GPUs, with points of 1, 2 and 4 processes.
 
-python docs/scaling.py            # the arithmetic of embtab/sharding/cost.py, and the points of docs/scaling.json
-python docs/scaling.py --measure  # counts them again, on this machine's CPU
+python benchmarks/scaling.py            # the arithmetic of embtab/sharding/cost.py, and the points of scaling.json
+python benchmarks/scaling.py --measure  # counts them again, on this machine's CPU
 """
 
 import json
@@ -83,7 +83,7 @@ def draw() -> None:
     right.text(1.2e6, 1e11, "80 GB")
     right.set(xlabel="ids", ylabel="bytes on each GPU (rows and row-wise Adagrad)", title="Memory, row-wise")
     right.legend(fontsize="small")
-    figure.savefig(HERE / "scaling.png", dpi=110)
+    figure.savefig(HERE.parent / "docs" / "scaling.png", dpi=110)
 
 
 if __name__ == "__main__":

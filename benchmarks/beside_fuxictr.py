@@ -2,9 +2,9 @@
 
     pip install fuxictr==2.3.10                    # beside embtab; it wants polars below 2 for its own CSV reader only
     git clone https://github.com/reczoo/FuxiCTR    # its models are not in the package
-    OMP_NUM_THREADS=1 python configs/beside_fuxictr.py FuxiCTR autoint dense hash unified qr dense+bf16
-    OMP_NUM_THREADS=1 python configs/beside_fuxictr.py FuxiCTR autoint dense hash dense+bf16 --cap 0 --rounds 4
-    OMP_NUM_THREADS=1 python configs/beside_fuxictr.py FuxiCTR din dense qr --bag 50 [--bag 200] [--fill 0]
+    OMP_NUM_THREADS=1 python benchmarks/beside_fuxictr.py FuxiCTR autoint dense hash unified qr dense+bf16
+    OMP_NUM_THREADS=1 python benchmarks/beside_fuxictr.py FuxiCTR autoint dense hash dense+bf16 --cap 0 --rounds 4
+    OMP_NUM_THREADS=1 python benchmarks/beside_fuxictr.py FuxiCTR din dense qr --bag 50 [--bag 200] [--fill 0]
 
 The same sizes, batches and batch norm: AutoInt+ of 3 layers, 2 heads, 32 wide, DNN 400-400, 13 numbers and Criteo's 26
 features; DIN with a unit of 64 and a head of 512-128-64 over a million items and their categories. FuxiCTR trains dense

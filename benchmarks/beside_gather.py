@@ -1,6 +1,6 @@
 """Lookups beside the plainest compiled loop that reads the same rows, with the caches emptied before every call.
 
-    python configs/beside_gather.py [--dim 16] [--scale 1] [--skew zipf] [--rounds 31]
+    python benchmarks/beside_gather.py [--dim 16] [--scale 1] [--skew zipf] [--rounds 31]
 
 Tables are those of Criteo's 26 features, batches 4096 samples of one id each. The loop is given rows, reads them table
 after table and writes them one after the other; it is tried with rows asked for 0, 16 and 32 ahead, with vectors kept

@@ -1,7 +1,7 @@
 """Quotient-remainder tables beside DLRM's own (github.com/facebookresearch/dlrm), in turn, in one process.
 
     git clone https://github.com/facebookresearch/dlrm
-    OMP_NUM_THREADS=1 python configs/beside_dlrm.py dlrm [--bag 10] [--arms qr qr@native]
+    OMP_NUM_THREADS=1 python benchmarks/beside_dlrm.py dlrm [--bag 10] [--arms qr qr@native]
 
 Forward, backward and update of Criteo's 26 features, batches of 4096. Theirs as dlrm_s_pytorch.py makes them: a
 QREmbeddingBag of 4 collisions where a feature has more than 200 ids, else nn.EmbeddingBag, trained by sparse SGD. Ours:

@@ -1,6 +1,6 @@
 """Generalised matrix factorisation on MovieLens-100k by the protocol of github.com/thomasahle/cce, on any table.
 
-    python configs/gmf_ml100k.py ML-100K --methods hash unified:chunks=4 cce:clusterings=75 lowrank:bias=true
+    python benchmarks/gmf_ml100k.py ML-100K --methods hash unified:chunks=4 cce:clusterings=75 lowrank:bias=true
 
 Ratings of 3 are dropped, 4 and 5 are positive, the last two events of each user are the validation set; dim 32, AdamW
 with lr 1e-3, batch 4096, 100 epochs, and the AUC of the best epoch counts, as in that library, which also clusters its
