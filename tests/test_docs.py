@@ -1,8 +1,10 @@
 """The pages of the public names: they render without a warning, and what they say is so."""
 
 import importlib
+import pkgutil
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 
-TEMPLATES = Path(__file__).parent.parent / "docs" / "api"
+ROOT = Path(__file__).parent.parent
+TEMPLATES = ROOT / "docs" / "api"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = "embtab|models|datasets|benchmarks|configs|tests|docs|packaging"
+WORKED_EXAMPLE = "modulo"
+"""The method that CONTRIBUTING.md adds as an example; it is not there."""
 
 
 def test_every_public_name_has_a_place_on_the_page(tmp_path: Path) -> None:
@@ -41,7 +48,7 @@ def test_the_modules_that_the_package_names_say_what_they_hold(module: str) -> N
 
 @pytest.mark.parametrize("backend", ["fbgemm", "native", "torch"])
 def test_the_loop_of_the_page_on_training(backend: str) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    page = (ROOT / "docs" / "training.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     tables = et.EmbeddingBagCollection(et.plan([et.Feature("user", 50)], "hash", "0.5x"), backend)
     model = torch.nn.ModuleDict({"tables": tables, "head": torch.nn.Linear(16, 1)})
@@ -55,3 +62,44 @@ def test_the_loop_of_the_page_on_training(backend: str) -> None:
 
     exec(example, {"model": model, "batches": [ids] * 300, "loss_of": loss_of})
     assert losses[-1] < 0.5 * losses[0]
+
+
+def each_page(test: Callable[[Path], None]) -> Callable[[Path], None]:
+    return pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))(test)
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def expanded(path: str) -> list[str]:
+    """`a/{b,c}.py` as a shell reads it."""
+    braces = re.search(r"\{([^}]*)\}", path)
+    return [path.replace(braces[0], name) for name in braces[1].split(",")] if braces else [path]
+
+
+@each_page
+def test_paths_that_a_page_names_exist(page: Path) -> None:
+    for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w/.{{}},-]*[\w}}/]", page.read_text()):
+        missing = [one for one in expanded(path) if not (ROOT / one).exists() and WORKED_EXAMPLE not in one]
+        assert not missing
+
+
+@each_page
+def test_names_that_a_page_gives_can_be_imported(page: Path) -> None:
+    for name in re.findall(r"`(embtab(?:\.\w+)+)[`(]", page.read_text()):
+        assert pkgutil.resolve_name(name) is not None
