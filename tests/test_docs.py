@@ -1,6 +1,7 @@
 """The pages of the public names: they render without a warning, and what they say is so."""
 
 import importlib
+import inspect
 import pkgutil
 import re
 import warnings
@@ -14,6 +15,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
+from embtab.datasets import synthetic
+from embtab.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ROOT / "docs" / "api"
@@ -62,6 +65,29 @@ def test_the_loop_of_the_page_on_training(backend: str) -> None:
 
     exec(example, {"model": model, "batches": [ids] * 300, "loss_of": loss_of})
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
+
+
+def test_the_fifteen_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    synthetic.prepare(Path("data/demo"), rows=20_000, scale=0.002)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) <= 15
+    names: dict = {}
+    exec(example, names)
+    assert names["plan"].nbytes <= 400_000
+    assert names["trainer"].callback_metrics["test/auc"] > 0.55
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_section_that_names_its_options(method: str) -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    (section,) = re.findall(rf"^## {method}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    options = list(inspect.signature(METHODS[method].solve).parameters)[3:]
+    assert [option for option in options if f"`{option}" not in section] == []
 
 
 def each_page(test: Callable[[Path], None]) -> Callable[[Path], None]:
