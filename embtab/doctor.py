@@ -122,8 +122,8 @@ def loads(module: str) -> Finding:
 
 
 MEANINGS = {
-    "libtorch_cuda": "fbgemm-gpu is the CUDA build and torch is not: install fbgemm-gpu-cpu in its place (the README's "
-    "make setup does), or a CUDA torch",
+    "libtorch_cuda": "fbgemm-gpu is the CUDA build and torch is not: install fbgemm-gpu-cpu in its place, as the "
+    "README says, or a CUDA torch",
     "libnvidia-ml|libcuda": "a CUDA build on a machine without NVIDIA's driver: install the CPU wheels, or the driver",
     "undefined symbol|DispatchKey|_ZN": "it was built for another torch: " + TRIPLE,
     "No module named": "it is not installed in this environment: pip install embtab again",

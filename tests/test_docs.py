@@ -129,3 +129,12 @@ def test_paths_that_a_page_names_exist(page: Path) -> None:
 def test_names_that_a_page_gives_can_be_imported(page: Path) -> None:
     for name in re.findall(r"`(embtab(?:\.\w+)+)[`(]", page.read_text()):
         assert pkgutil.resolve_name(name) is not None
+
+
+def test_what_the_page_on_the_design_says_is_in_a_file_is_there() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    named = re.findall(r"((?:`\w+`(?:, | and )?)+) (?:in|of) `([\w/]+\.\w+)`", page)
+    assert len(named) >= 7
+    for names, path in named:
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{name} in {path}"

@@ -26,24 +26,24 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {arguments.jobs}")
     run = _sequences if is_study(arguments.config) else _features
-    print(run(arguments, read_seeds(arguments.seeds)))
+    run(arguments, read_seeds(arguments.seeds))
 
 
-def _features(arguments: argparse.Namespace, seeds: list[int] | None) -> str:
+def _features(arguments: argparse.Namespace, seeds: list[int] | None) -> None:
+    from embtab.compare.report import brief
     from embtab.compare.run import compare
     from embtab.compare.sweep import read_sweep
 
-    text = compare(read_sweep(arguments.config, data=arguments.data, seeds=seeds), arguments.out, arguments.jobs)
+    report = compare(read_sweep(arguments.config, data=arguments.data, seeds=seeds), arguments.out, arguments.jobs)
+    print(brief(report))
     print(f"report: {arguments.out}/report.html (and report.md, results.csv, results.parquet)", file=sys.stderr)
-    return text
 
 
-def _sequences(arguments: argparse.Namespace, seeds: list[int] | None) -> str:
+def _sequences(arguments: argparse.Namespace, seeds: list[int] | None) -> None:
     from embtab.sequences.run import run_study
     from embtab.sequences.study import read_study
 
     if arguments.jobs > 1:
         raise UserError("--jobs: sequence models are trained one after the other; leave it out")
-    text = run_study(read_study(arguments.config, data=arguments.data, seeds=seeds), arguments.out)
+    print(run_study(read_study(arguments.config, data=arguments.data, seeds=seeds), arguments.out))
     print(f"report: {arguments.out}/report.md (and results.csv, auc.png)", file=sys.stderr)
-    return text

@@ -12,6 +12,8 @@ from typing import Any
 
 import altair as alt
 
+from embtab.compare.labels import Axis, Names, spread
+
 Record = dict[str, Any]
 Spec = dict[str, Any]
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
@@ -23,6 +25,7 @@ DASHES: dict[str, list[int]] = {
     "dense, int8": [2, 3],
     "Pareto front": [1, 0],
 }
+HEIGHT = 320
 _BYTES = "format(datum.value, '~s') + 'B'"
 
 
@@ -35,9 +38,12 @@ def against_bytes(
     domain: tuple[float, float] | None = None,
     references: Sequence[Record] = (),
     front: Sequence[Record] = (),
+    recommended: Sequence[Record] = (),
     log: bool = False,
 ) -> Spec:
     """A point per record at (nbytes, y), joined by method; its interval where it has `low` and `high`.
+
+    The name of each method stands at the right, joined to its last point.
 
     Args:
         points: records with nbytes, method, `y`, and what the tooltip shows.
@@ -47,15 +53,20 @@ def against_bytes(
         domain: of the y axis.
         references: records {line, value}: horizontal lines.
         front: records {line, nbytes, `y`}: a staircase.
+        recommended: the points that get a ring.
         log: whether the y axis is logarithmic, too.
     """
-    scale = alt.Scale(type="log", nice=False, padding=12) if log else alt.Scale(zero=False, nice=not domain)
-    if domain:
-        scale.domain = list(domain)
-    axis = _byte_axis([record["nbytes"] for record in (*points, *front)])
-    x = alt.X("nbytes:Q", scale=alt.Scale(type="log", nice=False, padding=24), axis=axis, title="serving bytes")
+    marks = [record[name] for record in points for name in (y, "low", "high") if record.get(name) is not None]
+    marks += [line["value"] for line in references]
+    vertical = Axis(*domain, log) if domain else Axis.around(marks, 0.05, 0.05, log)
+    scale = alt.Scale(type="log" if log else "linear", domain=[vertical.low, vertical.high], nice=False, zero=False)
+    sizes = [record["nbytes"] for record in (*points, *front)]
+    names = Names(max(len(point["method"]) for point in points))
+    horizontal = names.axis(sizes)
+    across_bytes = alt.Scale(type="log", domain=[horizontal.low, horizontal.high], nice=False)
+    x = alt.X("nbytes:Q", scale=across_bytes, axis=_byte_axis(sizes), title="serving bytes")
     across = alt.Axis(values=_ticks([point[y] for point in points]) if log else alt.Undefined)
-    y_at = {name: alt.Y(f"{name}:Q", scale=scale, axis=across, title=title) for name in (y, "low")}
+    y_at = {name: alt.Y(f"{name}:Q", scale=scale, axis=across, title=title) for name in (y, "low", "label")}
     layers: list[Any] = []
     data = _Data()
     lines = [line["line"] for line in (*references, *front[:1])]
@@ -67,8 +78,8 @@ def against_bytes(
     if front:
         stairs = alt.Chart(data.of(front)).mark_line(interpolate="step-after", color="#999999", strokeWidth=1.5)
         layers.append(stairs.encode(x=x, y=y_at[y], strokeDash=dash))
-    shown = {point["method"] for point in points}
-    colour, shape = _method_colour(methods, shown), _method_shape(methods, shown)
+    colour, shape = _method_colour(methods, ()), _method_shape(methods, ())
+    labels = _labels(points, methods, y, vertical)
     for offset, own in _beside(points, methods):
         base = alt.Chart(data.of(own)).encode(x=x, y=y_at[y], color=colour)
         layers.append(base.mark_line(strokeWidth=1, strokeOpacity=0.5, xOffset=offset))
@@ -78,7 +89,31 @@ def against_bytes(
             layers.append(bars.encode(x=x, y=y_at["low"], y2="high:Q", color=colour))
         marks = base.mark_point(filled=True, size=70, opacity=1, xOffset=offset)
         layers.append(marks.encode(shape=shape, tooltip=_tooltip(points)))
+        ringed = [record for record in own if record in recommended]
+        if ringed:
+            rings = alt.Chart(data.of(ringed)).mark_point(shape="circle", size=260, strokeWidth=2, xOffset=offset)
+            layers.append(rings.encode(x=x, y=y_at[y], color=alt.value("#222222")))
+        named = alt.Chart(data.of([labels[own[0]["method"]]]))
+        start = alt.datum(names.start(horizontal))
+        leader = named.mark_rule(strokeWidth=1, strokeDash=[1, 3], xOffset=offset)
+        layers.append(leader.encode(x=x, x2=start, y=y_at[y], y2="label:Q", color=colour))
+        texts = named.mark_text(align="left", baseline="middle", dx=3, fontSize=11, limit=names.limit)
+        layers.append(
+            texts.encode(
+                x=alt.X(datum=start["datum"], type="quantitative"), y=y_at["label"], color=colour, text="method:N"
+            )
+        )
     return _finished(alt.layer(*layers), data)
+
+
+def _labels(points: Sequence[Record], methods: Sequence[str], y: str, axis: Axis) -> dict[str, Record]:
+    """The last record of each method, with the height of its name as `label`."""
+    last: dict[str, Record] = {}
+    for point in sorted(points, key=lambda point: point["nbytes"]):
+        last[point["method"]] = point
+    places = spread([(1 - axis.share(point[y])) * HEIGHT for point in last.values()], 6, HEIGHT - 6)
+    heights = [axis.value(1 - place / HEIGHT) for place in places]
+    return {name: point | {"label": height} for (name, point), height in zip(last.items(), heights, strict=True)}
 
 
 def _beside(points: Sequence[Record], methods: Sequence[str]) -> list[tuple[float, list[Record]]]:
@@ -190,7 +225,10 @@ def _method_shape(methods: Sequence[str], shown: Collection[str]) -> alt.Shape:
     return alt.Shape("method:N", scale=scale, title=None, legend=_legend(methods, shown))
 
 
-def _legend(methods: Sequence[str], shown: Collection[str]) -> alt.Legend:
+def _legend(methods: Sequence[str], shown: Collection[str]) -> alt.Legend | None:
+    """Of the methods that are shown; none where their names stand in the chart."""
+    if not shown:
+        return None
     return alt.Legend(values=[method for method in methods if method in shown])
 
 
@@ -198,7 +236,7 @@ def _gradient() -> alt.Legend:
     return alt.Legend(orient="top", format=".0%", gradientLength=150)
 
 
-def _finished(chart: Any, data: _Data, width: Any = "container", height: Any = 320) -> Spec:
+def _finished(chart: Any, data: _Data, width: Any = "container", height: Any = HEIGHT) -> Spec:
     """The specification, as wide as the page lets it be, or of so many pixels a column."""
     chart = chart.properties(width=width, height=height).configure(font="sans-serif").configure_view(stroke=None)
     chart = chart.configure_axis(gridColor="#e5e5e5", labelLimit=200, labelFontSize=11).configure_legend(

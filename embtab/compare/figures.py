@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 from embtab.compare import charts
@@ -48,6 +49,8 @@ def _auc(summary: Summary) -> Figure:
     marks = [value for r in records.values() for value in (r["auc"], r["low"], r["high"]) if value is not None]
     marks += [line["value"] for line in references]
     margin = 0.03 * (max(marks) - min(marks))
+    taken = [ranked[0] for nbytes in (summary.budgets or {}).values() if (ranked := summary.best(nbytes))]
+    recommended = [point for point in taken if point.validated > -math.inf]
     panels = []
     for precision in precisions_of(summary):
         chosen = [records[point] for point in drawn(summary.points, precision)]
@@ -59,12 +62,13 @@ def _auc(summary: Summary) -> Figure:
             domain=(round(min(marks) - margin, 4), round(max(marks) + margin, 4)),
             references=references,
             front=front,
+            recommended=[records[point] for point in recommended],
         )
         panels.append(Panel(f"auc-{precision}", titled(summary, precision), spec))
     text = (
         "Higher is better. Bars are 95 % intervals: over seeds, or over resamples of the test set where there is one "
         "seed. The Pareto front joins the points of all precisions that nothing smaller surpasses. Points of one "
-        "budget are drawn side by side."
+        "budget are drawn side by side. Rings mark the table to take at each budget."
     )
     return Figure("auc", "AUC against bytes", text, tuple(panels), _auc_table(summary))
 

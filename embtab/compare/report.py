@@ -51,6 +51,7 @@ class Report:
     sections: Sequence[Section]
     made: Sequence[str]
     method: Sequence[str]
+    methods: Sequence[str]
 
 
 def make_report(sweep: Sweep, dataset: Dataset, rows: Sequence[Row]) -> Report:
@@ -73,7 +74,8 @@ def make_report(sweep: Sweep, dataset: Dataset, rows: Sequence[Row]) -> Report:
         sections.append(_section(title, prefix, summarise(own, budgets, bayes, spaces)))
     title = f"{dataset.name}: embedding tables at equal bytes"
     made = _made(sweep, rows, list(by_model))
-    return Report(title, _about(dataset, sweep.dim, rows), sections, made, _method(dataset))
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["status"] == "ok"))
+    return Report(title, _about(dataset, sweep.dim, rows), sections, made, _method(dataset), methods)
 
 
 def html(report: Report) -> str:
@@ -84,6 +86,21 @@ def html(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The same for GitHub; its charts are the files of `pictures`, below figures/."""
     return _environment(False).get_template("report.md.j2").render(vars(report))
+
+
+def brief(report: Report) -> str:
+    """The table to take at each budget, for a terminal."""
+    lines = [report.title]
+    for section in report.sections:
+        if len(report.sections) > 1:
+            lines.append(section.title)
+        asked = max((len(advice.budget) for advice in section.advice), default=0)
+        taken = max((len(advice.choice) for advice in section.advice), default=0)
+        for advice in section.advice:
+            lines.append(f"  {advice.budget:>{asked}}  {advice.choice:<{taken}}  {advice.short}".rstrip())
+        if section.undone:
+            lines.append(f"  without a result: {len(section.undone)}; the report says which and why")
+    return "\n".join(lines)
 
 
 def pictures(report: Report) -> dict[str, bytes]:
@@ -112,8 +129,8 @@ def _printed(panel: Panel) -> Spec:
     return panel.spec | {"width": width, "title": panel.title}
 
 
-def write_report(report: Report, out: Path) -> str:
-    """Writes report.html, report.md and figures/ into `out`; returns the Markdown."""
+def write_report(report: Report, out: Path) -> None:
+    """Writes report.html, report.md and figures/ into `out`."""
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     made = pictures(report)
@@ -122,9 +139,7 @@ def write_report(report: Report, out: Path) -> str:
     for name, content in made.items():
         write_bytes(folder / name, content)
     write_text(out / "report.html", html(report))
-    made_text = markdown(report)
-    write_text(out / "report.md", made_text)
-    return made_text
+    write_text(out / "report.md", markdown(report))
 
 
 def _environment(escape: bool) -> Environment:

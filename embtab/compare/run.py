@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from embtab.compare.report import make_report, write_report
+from embtab.compare.report import Report, make_report, write_report
 from embtab.compare.results import COLUMNS, place, read_results, write_parquet, write_results
 from embtab.compare.summary import Row
 from embtab.compare.sweep import Cell, Sweep, cell_key, training_key
@@ -41,7 +41,7 @@ class _Planned:
         return training_key(self.sweep, self.plan, self.row["seed"]) if self.plan else str(self.row["key"])
 
 
-def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
+def compare(sweep: Sweep, out: Path, jobs: int = 1) -> Report:
     """Runs what is not yet done of a sweep and writes the report.
 
     Args:
@@ -50,7 +50,7 @@ def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
         jobs: runs at a time, each in a process of its own.
 
     Returns:
-        The report as Markdown.
+        The report, which is also written.
 
     Raises:
         UserError: for settings that make no sense, or when another process writes to `out`.
@@ -84,7 +84,8 @@ def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
         rows = read_results(out / "results.csv")  # what is reported is what is in the file
         write_parquet(out / "results.parquet", list(rows.values()))
         mine = [rows[key] for key in own]
-        report = write_report(make_report(sweep, dataset, mine), out)
+        report = make_report(sweep, dataset, mine)
+        write_report(report, out)
     failed = [row for row in mine if row["status"] == "failed"]
     if failed:
         first = failed[0]

@@ -12,11 +12,19 @@ from embtab.sizes import format_bytes
 
 @dataclass(frozen=True)
 class Advice:
-    """The table to take at one budget."""
+    """The table to take at one budget.
+
+    Attributes:
+        budget: in bytes, and as it was asked for.
+        choice: the table.
+        reasons: all that is known of it.
+        short: the first of that, for a line in a terminal.
+    """
 
     budget: str
     choice: str
     reasons: str
+    short: str
 
 
 def advise(summary: Summary) -> list[Advice]:
@@ -29,23 +37,26 @@ def _advice(summary: Summary, budget: str, nbytes: int) -> Advice:
     asked = size if budget.replace(" ", "") == size.replace(" ", "") else f"{size} ({budget})"
     ranked = summary.best(nbytes)
     if not ranked:
-        return Advice(asked, "nothing fits", "every method that was tried needs more; the table of refusals says what.")
+        return Advice(
+            asked, "nothing fits", "every method that was tried needs more; the table of refusals says what.", ""
+        )
     best = ranked[0]
     if best.validated == -math.inf:
         why = "AUC is not defined on the validation split, which chooses: its rows have one label; split the data anew."
-        return Advice(asked, "undecided", why)
+        return Advice(asked, "undecided", why, "")
     parts = [f"AUC {best.auc.mean:.4f}"]
     dense = summary.dense()
     if dense is not None and best.keys != dense.keys:
         parts.append(against(best.minus(dense), "dense"))
     parts.append(times_smaller(best))
+    short = ", ".join(parts)
     hashed = summary.hash_beside(best)
     if hashed is not None and hashed.keys != best.keys:
         parts.append(against(best.minus(hashed), "hash at equal bytes"))
     following = next((point for point in ranked[1:] if point.method != best.method), None)
     if following is not None:
         parts.append(f"the next is {following.name} ({format_bytes(following.nbytes)}): {next_to(best, following)}")
-    return Advice(asked, best.name, "; ".join(parts) + ".")
+    return Advice(asked, best.name, "; ".join(parts) + ".", short)
 
 
 def times_smaller(point: Point) -> str:

@@ -15,7 +15,9 @@ import torch
 import embtab.compare.report
 import embtab.compare.train
 import embtab.compare.workers
-from embtab.compare.run import compare, seconds_left
+from embtab.compare import run as sweeps
+from embtab.compare.report import markdown
+from embtab.compare.run import seconds_left
 from embtab.compare.statistics import mean_interval
 from embtab.compare.sweep import Sweep, read_sweep
 from embtab.compare.workers import Job, outcomes
@@ -27,6 +29,10 @@ from embtab.planning import plan
 from embtab.planning.specs import label
 from embtab.quantise import served
 from embtab.tables import EmbeddingBagCollection
+
+
+def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
+    return markdown(sweeps.compare(sweep, out, jobs))
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,17 @@ import re
 import shutil
 import statistics
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from compare.results_made_up import BUDGETS, DATASET, DENSE_BYTES, SWEEP, made_up_rows
 
-from embtab.compare.charts import ticks
+from embtab.compare.charts import HEIGHT, ticks
 from embtab.compare.figures import kind_of
-from embtab.compare.report import html, make_report, markdown, write_report
+from embtab.compare.labels import LINE, Axis, spread
+from embtab.compare.report import brief, html, make_report, markdown, write_report
 from embtab.compare.results import read_results, write_results
 from embtab.compare.statistics import mean_interval
 from embtab.compare.summary import summarise
@@ -154,6 +156,60 @@ def test_alone_with_dense_it_has_the_panels_of_dense() -> None:
     assert {("auto", "mixed"), ("dense", "fp32")} <= {
         (r["method"], r["precision"]) for r in records_of(page, "auc-fp32") if "method" in r
     }
+
+
+def test_a_terminal_shows_the_choice_at_each_budget_in_a_dozen_lines() -> None:
+    report = make_report(SWEEP, DATASET, made_up_rows())
+    lines = brief(report).splitlines()
+    assert len(lines) <= 12
+    for advice in report.sections[0].advice:
+        (line,) = [line for line in lines if advice.budget in line]
+        assert advice.choice in line
+        assert re.search(r"AUC 0\.7\d+, 0\.00\d+ below dense \(0\.00\d+ to 0\.0\d+\), \d+x smaller$", line)
+
+
+def test_each_line_is_named_at_its_end_and_the_choice_has_a_ring(page: str) -> None:
+    (found,) = re.findall(r'<script[^>]*data-chart="chart-auc-fp32">(.*?)</script>', page, re.DOTALL)
+    spec = json.loads(found)
+
+    def records(kind: str, **mark: Any) -> list[dict[str, Any]]:
+        drawn = [each for each in spec["layer"] if {"type": kind, **mark}.items() <= each["mark"].items()]
+        return [record for each in drawn for record in spec["datasets"][each["data"]["name"]]]
+
+    named = {record["method"]: record for record in records("text")}
+    assert set(named) == {"dense", "hash", "unified", "qr op=concat", "auto"}
+    for method, record in named.items():
+        assert record["nbytes"] == max(r["nbytes"] for r in records("point") if r["method"] == method)
+    heights = sorted(record["label"] for record in named.values())
+    scales = [each["encoding"]["y"]["scale"] for each in spec["layer"] if "scale" in each["encoding"].get("y", {})]
+    low, high = scales[0]["domain"]
+    assert min(b - a for a, b in pairwise(heights)) >= (high - low) * 0.99 * LINE / HEIGHT
+    (ringed,) = records("point", shape="circle", size=260)
+    assert advise(summarise(made_up_rows(), BUDGETS))[0].choice == f"{ringed['method']}, {ringed['precision']}"
+    boxes = re.findall(r'<input type="checkbox" value="([^"]+)"', page)
+    assert set(boxes) == set(named)
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([50.0], [50.0]),
+        ([50.0, 50.0, 20.0], [50.0, 62.0, 20.0]),
+        ([95.0, 95.0, 94.0], [88.0, 100.0, 76.0]),
+        ([0.0] * 11, [10.0 * i for i in range(11)]),
+    ],
+)
+def test_names_stand_apart_and_within_the_chart(places: list[float], expected: list[float]) -> None:
+    assert spread(places, 0, 100) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_an_axis_leaves_room_on_both_sides(log: bool) -> None:
+    axis = Axis.around([3.0, 48.0, 12.0], 0.1, 0.3, log)
+    assert axis.share(3.0) == pytest.approx(0.1)
+    assert axis.share(48.0) == pytest.approx(0.7)
+    assert axis.value(axis.share(12.0)) == pytest.approx(12.0)
+    assert Axis.around([5.0], 0.1, 0.3, log).share(5.0) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "auto"])

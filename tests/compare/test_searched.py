@@ -11,8 +11,9 @@ from compare.results_made_up import made_up_rows
 
 import embtab.compare.report
 from embtab.bundle import load
+from embtab.compare import run as sweeps
+from embtab.compare.report import markdown
 from embtab.compare.results import COSTS, read_results, write_results
-from embtab.compare.run import compare
 from embtab.compare.searched import search_key
 from embtab.compare.sweep import Cell, Sweep
 from embtab.datasets import synthetic
@@ -23,6 +24,10 @@ from embtab.learned.training import Training
 
 MAGNITUDE = {"name": "magnitude", "epochs": 1, "every": 3}
 OPTEMBED = {"name": "optembed", "epochs": 1, "generations": 1, "mutations": 2, "crossovers": 1}
+
+
+def compare(sweep: Sweep, out: Path, jobs: int = 1) -> str:
+    return markdown(sweeps.compare(sweep, out, jobs))
 
 
 @pytest.fixture(scope="module")
