@@ -218,7 +218,7 @@ def test_two_processes_do_not_write_to_one_folder(data: str, tmp_path: Path) -> 
     ("text", "message"),
     [
         ("methods: [dense]\nbudgets: [1x]", "key 'data' is missing"),
-        ("data: d\nmethods: [dense]\nbudgets: [1x]\nbudgts: 3", "unknown key 'budgts'; there are data, methods"),
+        ("data: d\nmethods: [dense]\nbudgets: [1x]\nbudgts: 3", "unknown key 'budgts'; there are data, dim, model"),
         ("data: d\nmethods: []\nbudgets: [1x]", "methods must be a list with at least one entry"),
         ("data: d\nmethods: [dense]\nbudgets: [1x]\nepochs: many", "epochs must be int, got 'many'"),
         ("data: d\nmethods: [dense]\nbudgets: [1x]\nepochs: 0", "epochs must be at least 1"),
