@@ -100,7 +100,7 @@ def brief(report: Report) -> str:
             lines.append(f"  {advice.budget:>{asked}}  {advice.choice:<{taken}}  {advice.short}".rstrip())
         if section.undone:
             lines.append(f"  without a result: {len(section.undone)}; the report says which and why")
-    return "\n".join(lines)
+    return "\n".join(map(text.printable, lines))
 
 
 def pictures(report: Report) -> dict[str, bytes]:
