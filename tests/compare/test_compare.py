@@ -172,8 +172,8 @@ def test_every_ranker_has_its_own_cells_and_section(data: str, tmp_path: Path) -
     rows = rows_in(tmp_path)
     assert [json.loads(row["training"])["model"]["dnn"] for row in rows] == [[4]] * 3 + [[]] * 3
     assert len({row["auc"] for row in rows if row["method"] == "hash"}) == 2
-    assert "# AutoInt dnn=[4] num_layers=0\n" in report
-    assert "# AutoInt dnn=[] num_layers=0\n" in report
+    assert "# AutoInt dnn=\\[4\\] num_layers=0\n" in report
+    assert "# AutoInt dnn=\\[\\] num_layers=0\n" in report
     typed = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [row["auc"] for row in typed] == [float(row["auc"]) for row in rows]
     assert [row["nbytes"] for row in typed] == [int(row["nbytes"]) for row in rows]
