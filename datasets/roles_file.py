@@ -25,6 +25,7 @@ import yaml
 from embtab.datasets.roles import OF_SPACE, WAYS, Csv, Dense, Ids, Roles, Split, Time
 from embtab.datasets.schema import SPLITS
 from embtab.errors import UserError
+from embtab.yaml_files import read_yaml
 
 
 def read_roles(file: str | Path) -> Roles:
@@ -33,10 +34,7 @@ def read_roles(file: str | Path) -> Roles:
     Raises:
         UserError: when the file cannot be read, gives a column two roles, or has an unknown key or a wrong value.
     """
-    try:
-        given = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    given = read_yaml(file, _Loader)
     try:
         return _roles(given, Path(file).stem)
     except UserError as error:

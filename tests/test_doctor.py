@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from embtab import doctor
 from embtab.cli import main
-from embtab.doctor import Finding, explained, loads, packages, threads
+from embtab.commands import examine as doctor
+from embtab.commands.examine import Finding, explained, loads, packages, threads
 
 WANTED = ["torch==2.13.*", "polars>=2", "onnx<2,>=1.19", "pytest>=8 ; extra == 'dev'"]
 

@@ -14,7 +14,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from embtab.doctor import examine
+    from embtab.commands.examine import examine
 
     states = []
     for finding in examine():

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from embtab.errors import UserError
-from embtab.planning.specs import read_option
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +36,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from embtab.features import read_features
     from embtab.planning import plan
     from embtab.planning.overview import describe, outlooks
+    from embtab.planning.specs import read_option
 
     options = dict(read_option(text) for text in arguments.option)
     features = read_features(arguments.dir)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from embtab.errors import UserError
 from embtab.methods import METHODS
 from embtab.planning import Plan
 from embtab.planning.specs import MethodSpec, by_feature, label, named
 from embtab.training.setup import TrainingSetup
+from embtab.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,7 @@ def read_sweep(file: str | Path, **overrides: Any) -> Sweep:
     Raises:
         UserError: when the file cannot be read, has an unknown key or a value of the wrong kind.
     """
-    try:
-        loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    loaded = read_yaml(file)
     if not isinstance(loaded, dict):
         raise UserError(f"{file}: expected keys such as data, methods and budgets")
     loaded |= {key: value for key, value in overrides.items() if value is not None}

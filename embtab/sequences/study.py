@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from embtab.errors import UserError
 from embtab.models import DARE, SEQUENCE_MODELS
 from embtab.planning.specs import MethodSpec, label
+from embtab.yaml_files import read_yaml
 
 TASK = "sequences"
 """The `task` that a configuration of this kind names."""
@@ -118,8 +118,8 @@ class Study:
 def is_study(file: Path) -> bool:
     """Whether a configuration file says `task: sequences`; False for one that cannot be read."""
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        loaded = read_yaml(file)
+    except UserError:
         return False
     return isinstance(loaded, dict) and loaded.get("task") == TASK
 
@@ -130,10 +130,7 @@ def read_study(file: Path, **overrides: Any) -> Study:
     Raises:
         UserError: when the file cannot be read, has an unknown key or a value of the wrong kind.
     """
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    loaded = read_yaml(file)
     if not isinstance(loaded, dict):
         raise UserError(f"{file}: expected keys such as data and arms")
     loaded |= {key: value for key, value in overrides.items() if value is not None}

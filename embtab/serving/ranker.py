@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from embtab.errors import UserError
@@ -27,6 +26,7 @@ from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
 from embtab.training.checkpoint import described, load_tables, read_checkpoint
 from embtab.training.layout import Layout
 from embtab.training.trust import allowed, imported
+from embtab.yaml_files import load_yaml
 
 
 class Ranker(nn.Module):
@@ -190,7 +190,7 @@ def load_trained(path: Path, config: Path | None = None) -> Trained:
 def _made(config: Path, sizes: list[int]) -> nn.Module:
     """The model that a configuration names, untrained."""
     try:
-        described = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["model"]
+        described = load_yaml(config.read_text(encoding="utf-8"))["model"]["model"]
         made = imported(described["class_path"], allowed())(*sizes, **described.get("init_args", {}))
     except FileNotFoundError:
         raise UserError(f"{config}: no such file; give the run's configuration by --config") from None

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
@@ -31,6 +30,7 @@ from embtab.training.sequence_task import FitSequenceTask
 from embtab.training.strategies import register
 from embtab.training.task import FitTask
 from embtab.training.trust import allowed, check_parsed, held_to
+from embtab.yaml_files import read_yaml
 
 TASKS = {"features": FitTask, "sequences": FitSequenceTask}
 _COUNTS_OR_SHARES = ("overfit_batches", *(f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")))
@@ -286,8 +286,8 @@ def _options(argv: Sequence[str]) -> list[tuple[str, str]]:
 def _named_task(path: Path) -> str | None:
     """The `task` of a configuration file; None where it has none, or where the parser will refuse the file."""
     try:
-        described = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        described = read_yaml(path)
+    except UserError:
         return None
     task = described.get("task") if isinstance(described, dict) else None
     return task if isinstance(task, str) else None

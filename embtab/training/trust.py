@@ -18,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.fabric.loggers import Logger
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.fabric.strategies import Strategy as FabricStrategy
@@ -32,6 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from embtab.errors import UserError
+from embtab.yaml_files import check_yaml
 
 VARIABLE = "EMBTAB_ALLOW"
 PLACES = (
@@ -77,13 +79,20 @@ def _typed(argv: Sequence[str]) -> Iterator[str]:
 
 @contextmanager
 def held_to(trusted: Sequence[str]) -> Iterator[None]:
-    """Within the block the parser reads local files alone, and imports from PLACES and what is trusted beside.
+    """Within the block the parser reads local, modest files alone, and imports from PLACES and what is trusted.
 
     Raises:
         UserError: when a file names anything else.
     """
     files = {"config_read_mode_urls_enabled": False, "config_read_mode_fsspec_enabled": False}
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*PLACES, *trusted], **files)
+    loads = get_loader("yaml")
+
+    def checked(text: str) -> Any:
+        check_yaml(text)
+        return loads(text)
+
+    set_loader("yaml", checked, (yaml.YAMLError,))
     try:
         yield
     except Exception as error:
@@ -92,6 +101,7 @@ def held_to(trusted: Sequence[str]) -> Iterator[None]:
             raise
         raise _refusal(denied[1]) from None
     finally:
+        set_loader("yaml", loads, (yaml.YAMLError,))
         set_parsing_settings(import_path_denylist=[name for name in trusted if not _within(name, PLACES)])
 
 
