@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from embtab.errors import InfeasibleBudget
     from embtab.features import Feature, read_features
     from embtab.fused import FusedOptimizer, Optimizer, outer_parameters, with_tables
-    from embtab.methods import METHODS
+    from embtab.methods import METHODS, list_methods
     from embtab.planning import Plan, plan
     from embtab.sharding.strategy import TorchRecStrategy
     from embtab.tables import EmbeddingBagCollection, EmbeddingCollection
@@ -64,6 +64,7 @@ _HOMES = {
     "TableContract": "embtab.training.contract",
     "TorchRecStrategy": "embtab.sharding.strategy",
     "from_dense": "embtab.convert.dense",
+    "list_methods": "embtab.methods",
     "load": "embtab.bundle",
     "outer_parameters": "embtab.fused",
     "plan": "embtab.planning",
@@ -86,6 +87,7 @@ __all__ = [
     "TableContract",
     "TorchRecStrategy",
     "from_dense",
+    "list_methods",
     "load",
     "outer_parameters",
     "plan",

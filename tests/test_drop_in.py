@@ -9,6 +9,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
+from embtab.sizes import format_bytes
 
 FEATURES = [et.Feature("user", 500), et.Feature("shop", 60, pooling="mean"), et.Feature("item", 300)]
 
@@ -188,3 +189,16 @@ def test_fused_tables_answer_in_inference_mode(method: str) -> None:
     with torch.inference_mode():
         assert torch.equal(tables(batch_of(16, 0)[1]).values(), expected)
     tables(batch_of(16, 0)[1]).values().sum().backward()  # and train on
+
+
+def test_a_collection_says_what_it_is() -> None:
+    plan = et.plan([et.Feature("user", 3000), et.Feature("item", 500)], {"user": "hash", "*": "dense"}, "0.5x", dim=8)
+    said = repr(et.EmbeddingBagCollection(plan, "fbgemm", et.Optimizer("sgd", lr=0.5)))
+    for words in (
+        "dense, hash: 2 features, 2 tables",
+        format_bytes(plan.nbytes),
+        "fbgemm, Optimizer(name='sgd', lr=0.5",
+    ):
+        assert words in said
+    assert str(plan) == plan.describe()
+    assert et.list_methods() == ["auto", *et.METHODS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from embtab.commands.parser import read_seeds
@@ -30,6 +31,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _features(arguments: argparse.Namespace, seeds: list[int] | None) -> None:
+    for package in ("altair", "jinja2", "vl_convert"):  # hours of training end in a page that needs them
+        if find_spec(package) is None:
+            raise UserError(f'the report needs {package}, which is not installed: pip install "embtab[report]"')
     from embtab.compare.report import brief
     from embtab.compare.run import compare
     from embtab.compare.sweep import read_sweep

@@ -83,9 +83,11 @@ class Lookup(NamedState):
         base: what to add to a row of a table, by the table's name.
         fused: the optimizer applied inside backward; None where the tables' optimizer is outside.
         spread: whether the tables are spread over processes, which train them together.
+        backend: the name that it is asked for by.
         joins: whether the lookup makes vectors of several rows itself, and rows of ids by `placed_rows`.
     """
 
+    backend: ClassVar[str]
     joins: ClassVar[bool] = False
     spread: ClassVar[bool] = False
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,8 @@ class FbgemmLookup(SummingLookup):
         device: where they live.
         fused: what backward does with the rows that were read.
     """
+
+    backend: ClassVar[str] = "fbgemm"
 
     fused: FusedOptimizer
 

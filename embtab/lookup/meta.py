@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class Unmade(Lookup):
         tables: the physical tables.
         optimizer: for the lookup that takes their place; that of the fbgemm backend if None.
     """
+
+    backend: ClassVar[str] = "meta"
 
     def __init__(self, tables: Sequence[Table], optimizer: Optimizer | None) -> None:
         super().__init__(tables, FusedOptimizer(optimizer or Optimizer()))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -51,6 +51,8 @@ class NativeLookup(StackedLookup):
     Raises:
         UserError: where there is no C++ compiler, or a width has 2^32 rows or more.
     """
+
+    backend: ClassVar[str] = "native"
 
     joins = True
     fused: FusedOptimizer

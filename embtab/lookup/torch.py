@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ class TorchLookup(SummingLookup):
         tables: the physical tables.
         sparse: give sparse gradients, for torch.optim.SparseAdam, SGD and Adagrad.
     """
+
+    backend: ClassVar[str] = "torch"
 
     def __init__(self, tables: Sequence[Table], device: torch.device | str, sparse: bool = False) -> None:
         super().__init__(tables)

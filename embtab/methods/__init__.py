@@ -40,4 +40,10 @@ METHODS: dict[str, type[Encoding]] = {
     "sparse": Sparse,
 }
 
-__all__ = ["METHODS", "PRECISIONS", "Encoding", "Spec", "Table"]
+
+def list_methods() -> list[str]:
+    """The names that `plan` takes: every method, and "auto", which chooses among them."""
+    return ["auto", *METHODS]
+
+
+__all__ = ["METHODS", "PRECISIONS", "Encoding", "Spec", "Table", "list_methods"]

@@ -116,6 +116,9 @@ class Plan:
                 return self.encodings[known.space]
         raise UserError(f"no feature {feature!r} in this plan; it has {', '.join(f.name for f in self.features)}")
 
+    def __str__(self) -> str:
+        return self.describe()
+
     def describe(self) -> str:
         """A table for people: features, their methods and numbers, and bytes by physical table."""
         rows = [("feature", "ids", "method", "parts", "rows x width", "bytes")]

@@ -58,6 +58,7 @@ class ShardedLookup(Lookup):
         UserError: when torchrec cannot spread the tables so.
     """
 
+    backend: ClassVar[str] = "torchrec"
     spread: ClassVar[bool] = True
 
     def __init__(

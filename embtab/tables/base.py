@@ -22,6 +22,7 @@ from embtab.lookup.make import make_lookup
 from embtab.lookup.meta import Unmade
 from embtab.methods.base import Encoding
 from embtab.planning import Plan
+from embtab.sizes import format_bytes
 from embtab.tables.blocks import Arrays, Block, bases_of, make_blocks
 from embtab.tables.reminder import Reminder
 
@@ -281,8 +282,13 @@ class Collection(nn.Module):
             block.everyones = lookup.everyones
 
     def extra_repr(self) -> str:
-        """The methods in use."""
-        return ", ".join(sorted({encoding.method for encoding in self.plan.encodings.values()}))
+        """Methods, tables, bytes, backend and the optimizer inside it."""
+        methods = ", ".join(sorted({encoding.method for encoding in self.plan.encodings.values()}))
+        inside = "" if self.lookup.fused is None else f", {self.lookup.fused.settings}"
+        return (
+            f"{methods}: {len(self.plan.features)} features, {len(self.plan.tables)} tables, "
+            f"{format_bytes(self.plan.nbytes)}, {self.lookup.backend}{inside}"
+        )
 
 
 def check_plan(plan: object) -> None:
