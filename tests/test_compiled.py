@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
-from embtab import opaque
 from embtab.errors import UserError
+from embtab.tables import opaque
 
 BACKENDS = ["torch", "fbgemm", "native"]
 NAMES = [feature.name for feature in FEATURES]
@@ -65,8 +65,21 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert (each.grad is None and there is None) or torch.equal(each.grad, there), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize(("backend", "compiler"), [("torch", "eager"), *((each, "aot_eager") for each in BACKENDS)])
+# One operator stands for all in a graph: by default every method on one backend, and a few of all kinds on each.
+KINDS = ("qr product", "cafe", "memcom", "dhe", "mixed")
+WAYS = [("torch", "aot_eager"), ("torch", "eager"), ("fbgemm", "aot_eager"), ("native", "aot_eager")]
+GRAPHS = [
+    pytest.param(
+        *(case, backend, compiler),
+        marks=[] if case.name in KINDS or (backend, compiler) == WAYS[0] else pytest.mark.slow,
+        id=f"{case.name}-{backend}-{compiler}",
+    )
+    for case in CASES
+    for backend, compiler in WAYS
+]
+
+
+@pytest.mark.parametrize(("case", "backend", "compiler"), GRAPHS)
 def test_one_graph_gives_the_vectors_and_gradients_of_none(case: Case, backend: str, compiler: str) -> None:
     torch.compiler.reset()
     plain, tables = pair(case, backend)

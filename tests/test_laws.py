@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 from embtab.errors import UserError
-from embtab.reader.read import read as reader
+from embtab.reader import read as reader
 
 BACKENDS = ["torch", "fbgemm", "native"]
 LR = 0.01  # small, because products of parts diverge soon

@@ -289,11 +289,11 @@ def test_what_it_cannot_do_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 STEP = """
 import os
 import torch
-from embtab import native_loop
+from embtab.lookup import native_loop
 from embtab.fused import FusedOptimizer, Optimizer
-from embtab.lookup import Request
+from embtab.lookup.base import Request
 from embtab.methods import Table
-from embtab.native import NativeLookup
+from embtab.lookup.native import NativeLookup
 
 torch.set_num_threads(2)
 native_loop.WORTH_A_THREAD = 1

@@ -200,7 +200,9 @@ class RankingTask(L.LightningModule):
         if not self.other_data:
             fingerprint = {**self._data(), **self.about}.get("fingerprint")
             check_data(entry["about"], fingerprint, "set other_data (--other_data true)")
-        only_plain_paths(checkpoint.get("callbacks"), self.trainer.ckpt_path)
+        # without a Trainer no callback takes the paths up
+        read_from = None if self._trainer is None else self.trainer.ckpt_path
+        only_plain_paths(checkpoint.get("callbacks"), read_from)
         self._random_state = entry["random_state"]
 
     def on_train_start(self) -> None:

@@ -442,7 +442,10 @@ def test_a_footer_that_tells_another_number_of_rows_is_not_believed(tmp_path):
     ("change", "message"),
     [
         (lambda d: d["files"][0].update(rows="30"), "rows cannot be '30'"),
-        (lambda d: d["files"][0].update(path="elsewhere/a.parquet"), "file 'elsewhere/a.parquet' is in no split"),
+        (
+            lambda d: d["files"][0].update(path="elsewhere/a.parquet"),
+            "a.parquet' is no SPLIT/NAME.parquet",
+        ),
         (lambda d: d["files"].append(d["files"][0]), "'train/part-000.parquet' is no name, or is listed twice"),
         (lambda d: d.update(dense="I1"), "dense cannot be 'I1'"),
         (lambda d: d.update(dense=["I1", 1.5]), "1.5 is no name"),

@@ -7,7 +7,7 @@ from laws import CASES, EXTREMES, Bags, Case, tables_of
 
 import embtab as et
 from embtab.hashing import hash_rows, seed_of
-from embtab.reader.read import read as reader
+from embtab.reader import read as reader
 
 pytestmark = [
     pytest.mark.gpu,

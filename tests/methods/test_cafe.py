@@ -14,7 +14,7 @@ import embtab as et
 from embtab.errors import UserError
 from embtab.methods.cafe import CAFE
 from embtab.reader import decoders
-from embtab.reader.read import read as reader
+from embtab.reader import read as reader
 
 N = 5000
 
