@@ -16,15 +16,21 @@ build(Path({source!r}), "a test").past_the_end(8)
 """
 
 
+def file_of(compiler: str, library: str) -> str:
+    """Where the compiler has it; its name alone where it has not."""
+    command = [compiler, f"-print-file-name={library}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 @pytest.fixture
 def sanitized(tmp_path: Path) -> dict[str, str]:
     """An environment in which whatever embtab compiles is instrumented."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
-    asked = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    library = asked.stdout.strip()
-    if not Path(library).is_absolute():
+    # The C++ library, too: the sanitizer looks for __cxa_throw at the start, before torch has brought it.
+    libraries = [file_of(compiler, name) for name in ("libasan.so", "libstdc++.so.6")]
+    if not all(map(os.path.isabs, libraries)):
         pytest.skip("g++ comes without libasan")
     wrapper = tmp_path / "g++"
     flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-aggressive-loop-optimizations"
@@ -33,7 +39,7 @@ def sanitized(tmp_path: Path) -> dict[str, str]:
     return os.environ | {
         "CXX": str(wrapper),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves much at its end
     }
 

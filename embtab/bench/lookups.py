@@ -24,6 +24,7 @@ from embtab.tables import EmbeddingBagCollection
 LR = 0.01
 TORCHREC, TORCH = "torchrec", "nn.EmbeddingBag"
 DENSE_ARMS = (TORCHREC, TORCH, "dense")
+MAX_THREADS = 1024
 
 
 @dataclass
@@ -127,12 +128,21 @@ def _torch(case: Case, device: torch.device) -> Tables:
 
 
 def lookup_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, device: torch.device) -> dict[str, Arm]:
-    """Each kind of tables with two phases: forward; backward and update."""
+    """Each kind of tables with two phases: forward; backward and update. "hash@native/2": with two threads.
+
+    Raises:
+        UserError: for a name that says none of these.
+    """
     batches = case.batches(6, device)
     gradient = 1e-3 * torch.randn(case.batch, len(case.features) * case.dim, device=device)
 
-    def arm(tables: Tables) -> Arm:
+    def arm(name: str) -> Arm:
+        name, threads = _read_threads(name)
+        tables = make_tables(name, case, budget, optimizer, device)
+
         def turn(i: int, watch: Stopwatch) -> None:
+            torch.set_num_threads(threads)
+            watch.restart()
             vectors = tables.forward(batches[i % len(batches)])
             watch.lap()
             vectors.backward(gradient)
@@ -141,4 +151,13 @@ def lookup_arms(names: Sequence[str], case: Case, budget: str, optimizer: str, d
 
         return turn
 
-    return {name: arm(make_tables(name, case, budget, optimizer, device)) for name in names}
+    return {name: arm(name) for name in names}
+
+
+def _read_threads(arm: str) -> tuple[str, int]:
+    name, slash, threads = arm.partition("/")
+    if not slash:
+        return name, torch.get_num_threads()
+    if not threads.isdecimal() or not 1 <= int(threads) <= MAX_THREADS:
+        raise UserError(f"arm {arm}: after / stands a number of threads, 1 to {MAX_THREADS}, as in dense@native/2")
+    return name, int(threads)

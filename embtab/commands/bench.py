@@ -26,7 +26,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["torchrec", "dense", "hash", "unified", "qr"],
         help="torchrec (FusedEmbeddingBagCollection), nn.EmbeddingBag (sparse gradients), or a method, with options as "
-        "in qr:op=sum, a backend as in dense@native, and +compiled for rows by torch.compile (default %(default)s)",
+        "in qr:op=sum, a backend as in dense@native, and +compiled for rows by torch.compile; for lookups also a "
+        "number of threads, as in dense@native/2 (default %(default)s)",
     )
     parser.add_argument("--baseline", default="torchrec", help="of the ratios (default %(default)s)")
     parser.add_argument("--budget", default="0.1x", help="of methods that compress (default %(default)s)")

@@ -76,7 +76,6 @@ constexpr size_t LARGE_PAGE = 1 << 21;
 constexpr int64_t TOGETHER = 1 << 9;   // bags whose rows are looked at before any is read
 constexpr int64_t MANY = 1 << 20;    // bytes of vectors from which on they are not kept in the caches
 constexpr int64_t MOST_KEPT = 1 << 28;  // bytes that updates leave to the next ones, all together
-constexpr int64_t NOTED = 1 << 11;      // ids whose rows are noted before what reaches them is added up
 constexpr int64_t SAMPLES = 1 << 10;    // rows that say how many are read where
 constexpr int64_t MOST_SUMS = 1 << 24;  // numbers of a table each of whose rows may have a sum of its own
 
@@ -169,7 +168,7 @@ inline void add_to(float *sum, Eight numbers) { put(sum, eight(sum) + numbers); 
 inline void add_to(float *sum, float number) { *sum += number; }
 
 template <class W>
-inline void add(float *sum, const float *row, float weight, W width) {
+INLINE inline void add(float *sum, const float *row, float weight, W width) {
   int64_t x = 0;
   for (; x + 8 <= width; x += 8) add_to(sum + x, weight * eight(row + x));
   for (; x < width; x++) sum[x] += weight * row[x];
@@ -188,7 +187,7 @@ inline Eight clamped(Eight numbers, float most) {
 }
 
 template <class W>
-inline void add_clamped(float *sum, const float *row, float most, float weight, W width) {
+INLINE inline void add_clamped(float *sum, const float *row, float most, float weight, W width) {
   if (most == INFINITY) return add(sum, row, weight, width);
   int64_t x = 0;
   for (; x + 8 <= width; x += 8) add_to(sum + x, weight * clamped(eight(row + x), most));
@@ -421,9 +420,9 @@ class Distinct {
     before_ = 0;
   }
 
-  // Where each of the rows row_of(i) stands among the distinct ones; how many rows there were.
-  template <class RowOf>
-  int64_t find(int64_t count, RowOf row_of, uint32_t *slots) {
+  // Calls put(i, slot) with where each of the rows row_of(i) stands among the distinct ones.
+  template <class RowOf, class Put>
+  void find(int64_t count, RowOf row_of, Put put) {
     Place *places = places_.at(0);
     uint32_t *distinct = rows_.at(0), found = static_cast<uint32_t>(count_);
     const uint32_t before = before_;
@@ -440,10 +439,9 @@ class Distinct {
       places[at] = Place{row, number};
       distinct[found] = row;
       found += is_new;
-      slots[i] = number - before - 1;
+      put(i, number - before - 1);
     }
     count_ = found;
-    return count;
   }
 
   int64_t bytes() const { return places_.bytes() + rows_.bytes(); }
@@ -548,30 +546,59 @@ void write_vectors(const Batch batch, const float *table, float *vectors, int64_
 #endif
 }
 
-// Sums up the gradients of every row, in the order of the ids, feature after feature, and steps once on each.
+inline bool is_product(const Batch &batch) { return batch.op == PRODUCT && batch.parts > 1; }
+
+// Where a row is read. The row is counted from its range's first; above: the piece of the gradient, as wide as a row, that
+// reaches it.
+struct Place {
+  uint32_t row, above;
+};
+
+// The id and the part whose row it is, for weights and products.
+struct Source {
+  uint32_t id, part;
+};
+
+// Bags from .. to of a batch, and their ids: all of their rows are the caller's; or, with places, these are.
+struct Piece {
+  const Batch *batch;
+  int64_t from, to, id, stop;
+  Place *places;
+  const Source *sources;
+  int64_t count;
+};
+
+// Sums up the gradients of every row of a range, in the order of the ids, feature after feature, and steps once on each.
 //
 // Sums lie one after the other in the order in which rows occur, found by a hash. Where the table has hardly more rows
-// than are read each row has a sum of its own, and nothing is looked for. With several callers each has a range of the
-// rows: of most features it has all rows or none; of others it notes, some bags at a time, where its own are read.
+// than are read each row has a sum of its own, and nothing is looked for.
 class Update {
  public:
+  // Room for what others note: the places of so many rows.
+  void make_room(int64_t places, bool with_sources) {
+    places_.room(places + 1);
+    if (with_sources) sources_.room(places + 1);
+  }
+  Place *places() { return places_.at(0); }
+  Source *sources() { return sources_.at(0); }
+
   // Reads the batches and, for products, the tables; all callers have to be through before one goes on.
-  void sum_up(const Batch *batches, int64_t count, const Tables &tables, int64_t first, int64_t last) {
-    int64_t read = 0;
-    for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
-    each_has_a_sum_ = tables.count <= 2 * read && tables.count * tables.width <= MOST_SUMS;
+  void sum_up(const std::vector<Piece> &pieces, const Tables &tables, int64_t first, int64_t last, bool each_has_a_sum) {
+    each_has_a_sum_ = each_has_a_sum;
     first_ = first, last_ = last;
-    list_pieces(batches, count, tables.count);
     if (each_has_a_sum_) {
-      marked_.room(last - first);
+      marked_.room(last - first + 1);
       rows_.room(last - first + 1);
-      sums_.room((last - first) * tables.width);
+      sums_.room((last - first) * tables.width + 1);
     } else {
-      find_slots(tables.width);
+      find_slots(pieces, tables.width);
     }
     const uint32_t *slots = rows_.at(0);
-    for (const Piece &piece : pieces_)
-      slots += piece.whole ? add_all(piece, tables, slots) : add_some(piece, tables, slots);
+    for (const Piece &piece : pieces)
+      if (piece.places)
+        add_places(piece, tables);
+      else
+        slots += add_all(piece, tables, slots);
   }
 
   void run(const Tables &tables) {
@@ -590,113 +617,36 @@ class Update {
   }
 
   int64_t bytes() const {
-    return distinct_.bytes() + rows_.bytes() + marked_.bytes() + places_.bytes() + sums_.bytes();
+    return distinct_.bytes() + rows_.bytes() + marked_.bytes() + places_.bytes() + sources_.bytes() + sums_.bytes();
   }
 
  private:
-  // Bags from .. to and their ids: of features of which the caller has all rows, or of one of which it has some.
-  struct Piece {
-    const Batch *batch;
-    int64_t from, to, id, stop;
-    bool whole;
-  };
-
-  // Where a row of the caller's is read. The row is counted from the caller's first.
-  struct Place {
-    uint32_t row, vector, id, part;
-  };
-
-  enum Owned { NONE, SOME, ALL };
-
-  void list_pieces(const Batch *batches, int64_t count, int64_t rows) {
-    pieces_.clear();
-    for (const Batch *batch = batches; batch < batches + count; batch++)
-      for (int64_t feature = 0; feature < batch->features; feature++) {
-        const int64_t from = feature * batch->bags, to = from + batch->bags;
-        const Piece piece = {batch, from, to, start_of(*batch, from), start_of(*batch, to), true};
-        const Owned mine = last_ - first_ == rows ? ALL : owned(piece);
-        if (piece.id == piece.stop || mine == NONE) continue;
-        Piece *before = pieces_.empty() ? nullptr : &pieces_.back();
-        if (mine == ALL && before && before->whole && before->batch == batch && before->to == from) {
-          before->to = to, before->stop = piece.stop;
-        } else {
-          pieces_.push_back(piece);
-          pieces_.back().whole = mine == ALL;
-        }
-      }
-  }
-
-  // Whether the caller has the rows of a feature.
-  Owned owned(const Piece &piece) const {
-    bool all = true, none = true;
-    for (int64_t k = 0; k < piece.batch->parts; k++) {
-      const int64_t *rows = piece.batch->rows + k * piece.batch->ids;
-      int64_t least = INT64_MAX, most = -1;
-      for (int64_t id = piece.id; id < piece.stop; id++) {
-        least = rows[id] < least ? rows[id] : least;
-        most = rows[id] > most ? rows[id] : most;
-      }
-      all = all && least >= first_ && most < last_;
-      none = none && (least >= last_ || most < first_);
+  // Finds the places of the sums: rows_ holds those of pieces that are whole, [K, ids] each; places name their own.
+  void find_slots(const std::vector<Piece> &pieces, int64_t width) {
+    int64_t most = 0, whole = 0;
+    for (const Piece &piece : pieces) {
+      const int64_t read = piece.places ? piece.count : (piece.stop - piece.id) * piece.batch->parts;
+      most += read, whole += piece.places ? 0 : read;
     }
-    return all ? ALL : none ? NONE : SOME;
-  }
-
-  // Finds the places of the sums. rows_ holds them piece after piece: [K, ids] where all rows are the caller's, else
-  // those that are.
-  void find_slots(int64_t width) {
-    int64_t most = 0;
-    for (const Piece &piece : pieces_) most += (piece.stop - piece.id) * piece.batch->parts;
     distinct_.start(std::min(most, last_ - first_));
-    rows_.room(most + 1);
+    rows_.room(whole + 1);
     uint32_t *slots = rows_.at(0);
-    for (const Piece &piece : pieces_) {
-      for (int64_t k = 0; k < piece.batch->parts && piece.whole; k++) {
-        const int64_t *rows = piece.batch->rows + k * piece.batch->ids + piece.id;
-        const auto row_of = [=, first = first_](int64_t at) { return rows[at] - first; };
-        slots += distinct_.find(piece.stop - piece.id, row_of, slots);
+    for (const Piece &piece : pieces) {
+      Place *places = piece.places;
+      if (places) {
+        distinct_.find(
+            piece.count, [=](int64_t at) { return int64_t{places[at].row}; },
+            [=](int64_t at, uint32_t slot) { places[at].row = slot; });
+        continue;
       }
-      if (!piece.whole)
-        each_note(piece, [&](const Place *places, int64_t count) {
-          slots += distinct_.find(count, [=](int64_t at) { return int64_t{places[at].row}; }, slots);
-        });
+      for (int64_t k = 0; k < piece.batch->parts; k++, slots += piece.stop - piece.id) {
+        const int64_t *rows = piece.batch->rows + k * piece.batch->ids + piece.id;
+        distinct_.find(
+            piece.stop - piece.id, [=, first = first_](int64_t at) { return rows[at] - first; },
+            [=](int64_t at, uint32_t slot) { slots[at] = slot; });
+      }
     }
     sums_.room(distinct_.count() * width + 1);
-  }
-
-  // Calls use(places, count) for some bags of a piece after the other, with where they read the caller's rows.
-  template <class Use>
-  void each_note(const Piece &piece, Use use) {
-    const Batch &batch = *piece.batch;
-    for (int64_t from = piece.from; from < piece.to;) {
-      const int64_t id = start_of(batch, from);
-      int64_t to = from + 1;
-      while (to < piece.to && start_of(batch, to + 1) - id <= NOTED) to++;
-      places_.room((start_of(batch, to) - id) * batch.parts + 1);
-      with_parts(batch.parts, [&](auto parts) { use(places_.at(0), note(batch, from, to, parts)); });
-      from = to;
-    }
-  }
-
-  // No branch asks whose a row is, for nobody can tell where it was hashed; what is at hand stays in registers.
-  template <class Parts>
-  int64_t note(const Batch &batch, int64_t from, int64_t to, Parts parts) {
-    const int64_t *rows = batch.rows, *offsets = batch.offsets;
-    const int64_t ids = batch.ids, across = batch.across, feature = from / batch.bags;
-    const uint64_t first = static_cast<uint64_t>(first_), mine = static_cast<uint64_t>(last_ - first_);
-    int64_t vector = batch.columns[feature] + (from - feature * batch.bags) * across;
-    Place *next = places_.at(0);
-    for (int64_t bag = from; bag < to; bag++, vector += across) {
-      const int64_t stop = offsets ? offsets[bag + 1] : bag + 1;
-      for (int64_t id = offsets ? offsets[bag] : bag; id < stop; id++)
-        for (int64_t k = 0; k < parts; k++) {
-          const uint64_t row = static_cast<uint64_t>(rows[k * ids + id]) - first;
-          *next = Place{static_cast<uint32_t>(row), static_cast<uint32_t>(vector), static_cast<uint32_t>(id),
-                        static_cast<uint32_t>(k)};
-          next += row < mine;
-        }
-    }
-    return next - places_.at(0);
   }
 
   // Adds what reaches the rows of a piece to their sums; how many slots were used.
@@ -757,50 +707,41 @@ class Update {
     });
   }
 
-  // The same for a piece of which the caller has some rows.
-  int64_t add_some(const Piece &piece, const Tables &tables, const uint32_t *slots) {
-    const uint32_t *const before = slots;
-    each_note(piece, [&](Place *places, int64_t count) {
-      for (int64_t i = 0; i < count && !each_has_a_sum_; i++) places[i].row = *slots++;
-      with_width(tables.width, [&](auto width) {
-        if (piece.batch->saved)
-          add_places<true>(*piece.batch, tables, places, count, width);
-        else
-          add_places<false>(*piece.batch, tables, places, count, width);
-      });
+  // The same for places.
+  void add_places(const Piece &piece, const Tables &tables) {
+    with_width(tables.width, [&](auto width) {
+      if (piece.batch->saved)
+        add_places<true>(piece, tables, width);
+      else
+        add_places<false>(piece, tables, width);
     });
-    return slots - before;
   }
 
   template <bool SAVED, class W>
-  void add_places(const Batch &batch, const Tables &tables, const Place *places, int64_t count, W width) {
-    const float *table = tables.rows;
+  void add_places(const Piece &piece, const Tables &tables, W width) {
+    const Batch batch = *piece.batch;
+    const bool multiplied = is_product(batch);
+    const float *table = tables.rows, *gradient = batch.gradient + batch.first;
     const float most = tables.max_gradient;
-    const bool multiplied = batch.op == PRODUCT && batch.parts > 1;
-    const int64_t beside = rows_beside(batch);
-    const float *gradient = batch.gradient + batch.first, *weights = batch.weights;
+    const Place *places = piece.places;
+    const Source *sources = piece.sources;
+    const int64_t count = piece.count;
     float *sums = sums_.at(0);
     uint8_t *marked = each_has_a_sum_ ? marked_.at(0) : nullptr;
-    const auto above = [=](const Place &place) {
-      return gradient + (int64_t{place.vector} * beside + (beside > 1 ? place.part : 0)) * width;
-    };
+    if (marked)
+      for (int64_t i = 0; i < count; i++) marked[places[i].row] = 1;
     for (int64_t i = 0; i < count; i++) {
-      if (i + AHEAD < count) {
-        const Place &later = places[i + AHEAD];
-        ask<true>(sums + int64_t{later.row} * width, width);
-        ask<false>(above(later), width);
-        for (int64_t k = 0; multiplied && k < batch.parts; k++)
-          ask<false>(row_read<SAVED>(batch, table, k * batch.ids + later.id, width), width);
-      }
-      const Place &place = places[i];
-      const float weight = weights ? weights[place.id] : 1.0f;
-      if (marked) marked[place.row] = 1;
-      float *sum = sums + int64_t{place.row} * width;
+      const Place later = places[std::min(i + AHEAD, count - 1)], place = places[i];
+      ask<true>(sums + later.row * int64_t{width}, width);
+      ask<false>(gradient + later.above * int64_t{width}, width);
+      const float *above = gradient + place.above * int64_t{width};
+      const float weight = batch.weights ? batch.weights[sources[i].id] : 1.0f;
+      float *sum = sums + place.row * int64_t{width};
       if (multiplied)
-        multiply<SAVED>(above(place), weight, batch, table, place.id, place.part, batch.parts, width,
+        multiply<SAVED>(above, weight, batch, table, sources[i].id, sources[i].part, batch.parts, width,
                         [=](int64_t x, auto product) { add_to(sum + x, clamped(product, most)); });
       else
-        add_clamped(sum, above(place), most, weight, width);
+        add_clamped(sum, above, most, weight, width);
     }
   }
 
@@ -818,11 +759,11 @@ class Update {
 
   bool each_has_a_sum_ = false;
   int64_t first_ = 0, last_ = 0;  // the caller's rows
-  std::vector<Piece> pieces_;
   Distinct distinct_;
-  Kept<uint32_t> rows_;    // slots of the rows of all pieces, or the rows that are marked
+  Kept<uint32_t> rows_;    // slots of the rows of whole pieces, or the rows that are marked
   Kept<uint8_t> marked_;   // rows that occur; none between updates
   Kept<Place> places_;
+  Kept<Source> sources_;
   Kept<float> sums_;       // zeros between updates
 };
 
@@ -848,29 +789,183 @@ void put_back(std::unique_ptr<Update> update) {
   }
 }
 
-// Rows [parts + 1] at which the ranges of as many callers begin, so that each has about as many to read.
-std::vector<int64_t> ranges(const Batch *batches, int64_t count, int64_t rows, int64_t parts) {
-  std::vector<int64_t> samples, starts(static_cast<size_t>(parts + 1), rows);
-  starts[0] = 0;
-  if (parts == 1) return starts;
-  int64_t read = 0;
-  for (int64_t i = 0; i < count; i++) read += batches[i].ids * batches[i].parts;
-  const int64_t step = std::max(read / SAMPLES, int64_t{1});
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t at = 0; at < batches[i].ids * batches[i].parts; at += step) samples.push_back(batches[i].rows[at]);
-  std::sort(samples.begin(), samples.end());
-  const int64_t found = static_cast<int64_t>(samples.size());
-  for (int64_t part = 1; part < parts && found; part++)
-    starts[static_cast<size_t>(part)] = samples[static_cast<size_t>(found * part / parts)];
-  return starts;
-}
-
 // The first of the bags that one of several callers has: about as many ids for each.
 int64_t first_bag(const Batch &batch, int64_t part, int64_t parts) {
   const int64_t bags = batch.features * batch.bags;
   if (part == 0 || part == parts || !batch.offsets) return bags * part / parts;
   return std::lower_bound(batch.offsets, batch.offsets + bags, batch.ids * part / parts) - batch.offsets;
 }
+
+// The rows of an update, shared out by range, a range for each thread.
+//
+// A thread looks at its share of the ids alone. Where it finds that all rows of a feature are of one range, it leaves them
+// to that range's thread as they stand; of others it notes the places, range by range, in the order of the ids.
+class Shares {
+ public:
+  Shares(const Batch *batches, int64_t count, int64_t rows, int64_t threads) : threads_(threads) {
+    for (const Batch *batch = batches; batch < batches + count; batch++) {
+      read_ += batch->ids * batch->parts;
+      with_sources_ = with_sources_ || batch->weights || is_product(*batch);
+      for (int64_t thread = 0; thread < threads; thread++)
+        cut(*batch, thread, first_bag(*batch, thread, threads), first_bag(*batch, thread + 1, threads));
+    }
+    find_ranges(batches, count, rows);
+    counts_.resize(segments_.size() * static_cast<size_t>(threads));
+    next_.resize(counts_.size());
+    noted_.resize(static_cast<size_t>(threads));
+  }
+
+  int64_t read() const { return read_; }
+  bool any_noted() const { return any_noted_; }
+  int64_t first(int64_t range) const { return starts_[static_cast<size_t>(range)]; }
+
+  // Counts the rows of a thread's share by range.
+  void count(int64_t thread) {
+    for (size_t s = 0; s < segments_.size(); s++)
+      if (segments_[s].thread == thread) count(segments_[s], &counts_[place_of(s, 0)]);
+  }
+
+  // Makes room for all places: in the updates, which have one range each.
+  void lay_out(const std::vector<std::unique_ptr<Update>> &updates) {
+    for (const Segment &segment : segments_) any_noted_ = any_noted_ || segment.owner == SEVERAL;
+    for (int64_t range = 0; range < threads_; range++) {
+      int64_t noted = 0;
+      for (size_t s = 0; s < segments_.size(); s++)
+        if (segments_[s].owner == SEVERAL) noted += counts_[place_of(s, range)];
+      Update &update = *updates[static_cast<size_t>(range)];
+      update.make_room(noted, with_sources_);
+      noted_[static_cast<size_t>(range)] = {update.places(), update.sources()};
+      Place *next = update.places();
+      for (size_t s = 0; s < segments_.size(); s++) {
+        next_[place_of(s, range)] = next;
+        if (segments_[s].owner == SEVERAL) next += counts_[place_of(s, range)];
+      }
+    }
+  }
+
+  // Notes the places of a thread's share.
+  void note(int64_t thread) {
+    for (size_t s = 0; s < segments_.size(); s++) {
+      const Segment &segment = segments_[s];
+      if (segment.thread == thread && segment.owner == SEVERAL)
+        with_parts(segment.batch->parts, [&](auto parts) {
+          with_parts(threads_, [&](auto ranges) { note(segment, &next_[place_of(s, 0)], parts, ranges); });
+        });
+    }
+  }
+
+  // What is a range's, in the order of the ids.
+  std::vector<Piece> pieces(int64_t range) const {
+    std::vector<Piece> made;
+    const Noted &noted = noted_[static_cast<size_t>(range)];
+    for (size_t s = 0; s < segments_.size(); s++) {
+      const Segment &segment = segments_[s];
+      const int64_t count = counts_[place_of(s, range)];
+      if (segment.owner == SEVERAL && count) {
+        Place *const places = next_[place_of(s, range)] - count;
+        const Source *const sources = with_sources_ ? noted.sources + (places - noted.places) : nullptr;
+        made.push_back({segment.batch, 0, 0, 0, 0, places, sources, count});
+      }
+      if (segment.owner != range) continue;
+      if (!made.empty() && !made.back().places && made.back().batch == segment.batch && made.back().to == segment.from)
+        made.back().to = segment.to, made.back().stop = segment.stop;
+      else
+        made.push_back({segment.batch, segment.from, segment.to, segment.id, segment.stop, nullptr, nullptr, 0});
+    }
+    return made;
+  }
+
+ private:
+  static constexpr int64_t SEVERAL = -1;
+
+  // Bags of one feature, which a thread looks at, and the range that has all of their rows.
+  struct Segment {
+    const Batch *batch;
+    int64_t thread, from, to, id, stop, owner;
+  };
+
+  struct Noted {
+    Place *places;
+    Source *sources;
+  };
+
+  void cut(const Batch &batch, int64_t thread, int64_t from, int64_t to) {
+    while (from < to) {
+      const int64_t stop = std::min(to, (from / batch.bags + 1) * batch.bags);
+      if (start_of(batch, from) < start_of(batch, stop))
+        segments_.push_back({&batch, thread, from, stop, start_of(batch, from), start_of(batch, stop), 0});
+      from = stop;
+    }
+  }
+
+  // Rows at which ranges begin, so that of a sample of the rows that are read each has as many.
+  void find_ranges(const Batch *batches, int64_t count, int64_t rows) {
+    starts_.assign(static_cast<size_t>(threads_ + 1), rows);
+    starts_[0] = 0;
+    if (threads_ == 1) return;
+    std::vector<int64_t> samples;
+    const int64_t step = std::max(read_ / SAMPLES, int64_t{1});
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t at = 0; at < batches[i].ids * batches[i].parts; at += step) samples.push_back(batches[i].rows[at]);
+    std::sort(samples.begin(), samples.end());
+    const int64_t found = static_cast<int64_t>(samples.size());
+    for (int64_t range = 1; range < threads_ && found; range++)
+      starts_[static_cast<size_t>(range)] = samples[static_cast<size_t>(found * range / threads_)];
+  }
+
+  void count(Segment &segment, int64_t *counts) {
+    const int64_t all = (segment.stop - segment.id) * segment.batch->parts;
+    segment.owner = SEVERAL;
+    int64_t behind = 0;
+    for (int64_t range = threads_ - 1; range >= 0; range--) {
+      const int64_t from_here = range ? rows_from(segment, first(range)) : all;
+      counts[range] = from_here - behind;
+      behind = from_here;
+      if (counts[range] == all) segment.owner = range;
+    }
+  }
+
+  static int64_t rows_from(const Segment &segment, int64_t first) {
+    int64_t found = 0;
+    for (int64_t k = 0; k < segment.batch->parts; k++) {
+      const int64_t *rows = segment.batch->rows + k * segment.batch->ids;
+      for (int64_t id = segment.id; id < segment.stop; id++) found += rows[id] >= first;
+    }
+    return found;
+  }
+
+  template <class Parts, class Ranges>
+  void note(const Segment &segment, Place **next, Parts parts, Ranges ranges) const {
+    const Batch batch = *segment.batch;
+    const int64_t beside = rows_beside(batch), *const starts = starts_.data();
+    const Noted *const noted = noted_.data();
+    by_feature(batch, segment.from, segment.to,
+               [=, sources = with_sources_](int64_t id, int64_t vector) INLINE {
+      for (int64_t k = 0; k < parts; k++) {
+        const int64_t row = batch.rows[k * batch.ids + id];
+        int64_t range = 0;
+        for (int64_t i = 1; i < ranges; i++) range += row >= starts[i];
+        Place *const place = next[range]++;
+        place->row = static_cast<uint32_t>(row - starts[range]);
+        place->above = static_cast<uint32_t>(vector * beside + (beside > 1 ? k : 0));
+        if (sources)
+          noted[range].sources[place - noted[range].places] = {static_cast<uint32_t>(id), static_cast<uint32_t>(k)};
+      }
+    });
+  }
+
+  size_t place_of(size_t segment, int64_t range) const {
+    return segment * static_cast<size_t>(threads_) + static_cast<size_t>(range);
+  }
+
+  int64_t threads_, read_ = 0;
+  bool with_sources_ = false, any_noted_ = false;
+  std::vector<Segment> segments_;  // in the order of the ids
+  std::vector<int64_t> starts_;    // [ranges + 1]
+  std::vector<int64_t> counts_;    // [segments, ranges] of rows
+  std::vector<Place *> next_;      // [segments, ranges] where the next place goes
+  std::vector<Noted> noted_;       // [ranges]
+};
 
 // Vectors of the bags from .. to; false where a row is none of the tables'.
 bool sum_bags(const Batch &batch, const Tables &tables, float *vectors, int64_t from, int64_t to) {
@@ -968,14 +1063,20 @@ void embtab_weight_gradients(const Batch *batch, const Tables *tables, const flo
 // The optimizer's step. 1 where memory does not suffice; then nothing has changed.
 int32_t embtab_update(const Batch *batches, int64_t count, const Tables *tables, int64_t threads) {
   try {
-    const std::vector<int64_t> starts = ranges(batches, count, tables->count, threads);
-    std::vector<std::unique_ptr<Update>> updates(static_cast<size_t>(threads));
+    Shares shares(batches, count, tables->count, threads);
+    const bool each_has_a_sum = tables->count <= 2 * shares.read() && tables->count * tables->width <= MOST_SUMS;
+    std::vector<std::unique_ptr<Update>> updates;
+    for (int64_t part = 0; part < threads; part++) updates.push_back(taken());
+    if (threads > 1) {
+      in_threads(threads, [&](int64_t part) { shares.count(part); });
+      shares.lay_out(updates);
+      if (shares.any_noted()) in_threads(threads, [&](int64_t part) { shares.note(part); });
+    }
     std::atomic<bool> failed{false};
     in_threads(threads, [&](int64_t part) {
-      const size_t at = static_cast<size_t>(part);
       try {
-        updates[at] = taken();
-        updates[at]->sum_up(batches, count, *tables, starts[at], starts[at + 1]);
+        const int64_t first = shares.first(part), last = shares.first(part + 1);
+        updates[static_cast<size_t>(part)]->sum_up(shares.pieces(part), *tables, first, last, each_has_a_sum);
       } catch (const std::bad_alloc &) {
         failed = true;
       }

@@ -12,7 +12,7 @@ from torch import nn
 
 from embtab.bench import machine, memory, serving
 from embtab.bench.loading import PYARROW, loader_arms
-from embtab.bench.lookups import TORCH, TORCHREC, make_tables
+from embtab.bench.lookups import TORCH, TORCHREC, lookup_arms, make_tables
 from embtab.bench.run import run
 from embtab.bench.settings import Settings
 from embtab.bench.timing import Stopwatch, Times, alternate
@@ -79,6 +79,22 @@ def test_every_kind_of_tables_gives_one_vector_a_feature_and_bag() -> None:
     for wrong in ("dense@torchrec", "dense+native", "dense@native+quick"):
         with pytest.raises(UserError, match=re.escape(f"arm {wrong}: a method may be followed by @native or @fbgemm")):
             make_tables(wrong, case, "0.5x", "rowwise_adagrad", CPU)
+
+
+def test_arms_of_lookups_take_a_number_of_threads() -> None:
+    case, before = Case(batch=8, cap=50), torch.get_num_threads()
+    seen = {}
+    try:
+        arms = lookup_arms(["hash@native/1", "hash@native/2", "hash@native"], case, "0.5x", "sgd", torch.device("cpu"))
+        for name, arm in arms.items():
+            arm(0, Stopwatch(torch.device("cpu")))
+            seen[name] = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"hash@native/1": 1, "hash@native/2": 2, "hash@native": before}
+    for wrong in ("dense/0", "dense/two", "dense/-1", "dense/"):
+        with pytest.raises(UserError, match=f"arm {wrong}: after / stands a number of threads"):
+            lookup_arms([wrong], case, "0.5x", "sgd", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
