@@ -152,7 +152,7 @@ def test_the_command_writes_results_and_a_plot(tmp_path: Path, capsys: pytest.Ca
     assert "M/s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["autoint", "din", "serving"])
+@pytest.mark.parametrize("what", ["autoint", "din", pytest.param("serving", marks=pytest.mark.slow)])  # compiles
 def test_rankers_are_measured(what: str) -> None:
     arms = (TORCHREC, "qr") if what == "serving" else (TORCHREC, TORCH, "dense", "qr")  # each is compiled to be served
     settings = Settings(
@@ -263,6 +263,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--skew must be zipf or uniform, got steep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_reader_is_measured_on_every_row_of_the_split(tmp_path: Path) -> None:
     synthetic.prepare(tmp_path / "data", rows=500, scale=0.0001, seed=0)
     arms, rows = loader_arms(tmp_path / "data", batch=64)
@@ -281,6 +282,7 @@ def test_the_reader_is_measured_on_every_row_of_the_split(tmp_path: Path) -> Non
     assert all((result.peak_bytes or 0) > 50e6 for result in found.values())
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_work_in_a_process_of_its_own() -> None:
     small, large = (memory.peak_bytes(partial(np.ones, count), CPU) for count in (1, 30_000_000))
     assert small is not None
