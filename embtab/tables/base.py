@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from embtab.compiler import compiler
 from embtab.errors import UserError, shown
+from embtab.features import Feature
 from embtab.fused import FusedOptimizer, Optimizer
 from embtab.hashing import seed_of
 from embtab.lookup.base import Lookup, usable_device
@@ -24,6 +25,7 @@ from embtab.methods.base import Encoding
 from embtab.planning import Plan
 from embtab.sizes import format_bytes
 from embtab.tables.blocks import Arrays, Block, bases_of, make_blocks
+from embtab.tables.opaque import numbered
 from embtab.tables.reminder import Reminder
 
 FLOAT = (
@@ -54,6 +56,7 @@ class Collection(nn.Module):
     ) -> None:
         super().__init__()
         check_plan(plan)
+        self.check_features(plan.features)
         if not isinstance(optimizer, Optimizer | None):
             raise UserError(
                 f"optimizer must be an embtab.Optimizer, such as Optimizer('adagrad', lr=0.05); got {shown(optimizer)}"
@@ -70,7 +73,19 @@ class Collection(nn.Module):
         means = torch.tensor([feature.pooling == "mean" for feature in plan.features], device=device)
         self.register_buffer("means", means, persistent=False)
         self.reminder = Reminder(plan.encodings)
+        self.number = numbered(self)
         self.init(init_std)
+
+    def check_features(self, features: Sequence[Feature]) -> None:
+        """Refuses features that this kind of collection has no vectors for; by default none.
+
+        Raises:
+            UserError: naming the feature.
+        """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = numbered(self)  # a copy is not the original
 
     def _remind(self) -> None:
         """Takes note of a batch to train on.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +23,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from embtab.errors import UserError
 from embtab.features import Feature
-from embtab.fused import Optimizer
 from embtab.lookup.base import Request
 from embtab.methods.base import Encoding
-from embtab.planning import Plan
-from embtab.tables.base import Collection, check_plan
+from embtab.tables.base import Collection
 from embtab.tables.batch import Cut
 from embtab.tables.dispatch import JoinedRows, PerDistinctId, Way, joins, once, ways_of
-from embtab.tables.opaque import numbered, traced_vectors
+from embtab.tables.opaque import traced_vectors
 
 
 @dataclass(frozen=True)
@@ -70,26 +67,14 @@ class EmbeddingBagCollection(Collection):
             or what is no plan or no optimizer.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        backend: str = "fbgemm",
-        optimizer: Optimizer | None = None,
-        init_std: float | None = 0.01,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        check_plan(plan)
-        for feature in plan.features:
+    prepared: tuple[KeyedJaggedTensor, Asked, Sequence[Request]] | None = None
+    """What a pipeline has worked out of a batch before its turn, see `embtab.sharding.pipeline`."""
+
+    def check_features(self, features: Sequence[Feature]) -> None:
+        """Refuses features that are not pooled."""
+        for feature in features:
             if feature.pooling == "none":
                 raise UserError(f"feature {feature.name!r} has pooling 'none'; use EmbeddingCollection, or sum or mean")
-        super().__init__(plan, backend, optimizer, init_std, device)
-        self.number = numbered(self)
-        self.prepared: tuple[KeyedJaggedTensor, Asked, Sequence[Request]] | None = None
-        """What a pipeline has worked out of a batch before its turn, see `embtab.sharding.pipeline`."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.number = numbered(self)  # a copy is not the original
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """One vector per feature and bag.

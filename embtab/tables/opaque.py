@@ -24,10 +24,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embtab.tables.batch import check_form
 
 if TYPE_CHECKING:
-    from embtab.tables.collections import EmbeddingBagCollection
+    from embtab.tables.base import Collection
 
 _numbers, _tickets = count(), count()
-_collections: weakref.WeakValueDictionary[int, EmbeddingBagCollection] = weakref.WeakValueDictionary()
+_collections: weakref.WeakValueDictionary[int, Collection] = weakref.WeakValueDictionary()
 _noted: dict[int, _Noted] = {}
 _KEYS = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 _HOOK = torch.zeros(0, requires_grad=True)
@@ -42,14 +42,14 @@ class _Noted(NamedTuple):
     lookup: Any
 
 
-def numbered(collection: EmbeddingBagCollection) -> int:
+def numbered(collection: Collection) -> int:
     """The number by which the operator finds a collection; a graph can hold it."""
     number = next(_numbers)
     _collections[number] = collection
     return number
 
 
-def traced_vectors(collection: EmbeddingBagCollection, number: int, batch: KeyedJaggedTensor) -> Tensor:
+def traced_vectors(collection: Collection, number: int, batch: KeyedJaggedTensor) -> Tensor:
     """[B, F, D] of a batch, while a compiler traces.
 
     Args:
@@ -66,7 +66,7 @@ def traced_vectors(collection: EmbeddingBagCollection, number: int, batch: Keyed
     return answer[0]
 
 
-def _trained(collection: EmbeddingBagCollection) -> dict[str, Tensor]:
+def _trained(collection: Collection) -> dict[str, Tensor]:
     """The parameters whose gradients backward gives, by name: fused tables have none."""
     fused = collection.lookup.fused is not None
     named = collection.named_parameters()
@@ -116,16 +116,7 @@ def _keep(ticket: Tensor, noted: _Noted) -> None:
 
 
 @_vectors.register_fake
-def _(
-    number: int,
-    keys: list[str],
-    stride: int,
-    ids: Tensor,
-    lengths: Tensor,
-    weights: Tensor | None,
-    given: Sequence[Tensor],
-    grads: bool,
-) -> tuple[Tensor, Tensor]:
+def _(number: int, keys: list[str], stride: int, ids: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     collection = _collections[number]
     kind = next((each.dtype for each in collection.parameters()), torch.float32)
     shape = (stride, len(collection.names), collection.plan.dim)

@@ -44,7 +44,7 @@ def settings(data: Path) -> dict[str, Any]:
 
 
 def read(path: Path, how: str) -> None:
-    with bounded(how, 600 + len(str(path))):
+    with bounded(how, 400 + len(str(path))):
         main(["fit", "--config", str(path)])
     assert sorted(each.name for each in path.parent.iterdir()) == ["config.yaml", "data"], how
 
