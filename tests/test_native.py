@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import CASES, FEATURES, Bags, Case, single_ids
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import embtab as et
 from embtab import compiler
@@ -204,6 +205,21 @@ def test_a_step_is_that_of_numpy_bit_by_bit(name: str, width: int, count: int) -
         for row in np.unique(rows):
             numpy_step(name, table, moments, row, sums[row])
         np.testing.assert_array_equal(made.table("t").numpy(), table)
+
+
+@pytest.mark.parametrize(("ids", "bags", "alone"), [(2, 4, False), (20, 4, True), (2, 20, True)])
+def test_places_that_need_more_bits_are_one_threads(
+    ids: int, bags: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads note rows and pieces of the gradient in 32 bits; here as if there were 4."""
+    monkeypatch.setattr(native_loop, "MAX_NOTED", 2**4)
+    tables = et.EmbeddingBagCollection(et.plan([et.Feature("f", 9)], dim=4), "native", et.Optimizer("sgd", lr=0.1))
+    lengths = torch.tensor([ids, *[0] * (bags - 1)])
+    answer = tables(KeyedJaggedTensor(["f"], torch.arange(ids) % 9, lengths=lengths)).values()
+    asked: list[int] = []
+    monkeypatch.setattr(native_loop, "_threads", lambda numbers: asked.append(numbers) or 1)
+    answer.sum().backward()
+    assert bool(asked) is not alone
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -25,7 +25,7 @@ from embtab.lookup.stacked import check_lengths, check_weights
 from embtab.methods.base import ARITHMETICS, JOININGS
 
 MAX_NOTED = 2**32
-"""Rows read, from which on one thread updates alone: several note the places of theirs in 32 bits."""
+"""Rows read, or pieces of the gradient, from which on one thread updates alone: several note places in 32 bits."""
 
 WORTH_A_THREAD = 1 << 16
 """Numbers read for each thread, at least; a thread costs as much as some thousands of them."""
@@ -199,7 +199,8 @@ def update(tables: CTables, reads: Sequence[tuple[Read, Tensor]]) -> None:
     batches = [batch for read, gradient in reads for batch in read.batches(gradient)]
     ids = sum(read.ids for read, _ in reads)
     given = (CBatch * len(batches))(*batches), len(batches), ctypes.byref(tables)
-    if compiled_loop().embtab_update(*given, _threads(ids * tables.width) if ids < MAX_NOTED else 1):
+    pieces = sum(gradient.numel() for _, gradient in reads) // tables.width  # of the gradient, each as wide as a row
+    if compiled_loop().embtab_update(*given, _threads(ids * tables.width) if max(ids, pieces) < MAX_NOTED else 1):
         raise MemoryError(f"no memory left for the update of {ids} rows")
 
 
